@@ -1,0 +1,74 @@
+"""Where the operators are declared, and which kernels stand behind them.
+
+Schemas, fakes and plain-torch kernels are registered from Python, so an operator exists whether or
+not the native extension was built. The extension adds kernels for its devices; the dispatcher
+prefers those, and runs the plain-torch one elsewhere, after one clear notice.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import _native
+
+NAMESPACE = "acgkd_fast"
+_library = torch.library.Library(NAMESPACE, "DEF")
+_names: list[str] = []
+
+
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> str:
+    """Declare one operator.
+
+    Args:
+        schema: name and signature, without the namespace.
+        reference: plain-torch implementation, run where no native kernel is registered.
+        fake: shapes and dtypes only, for torch.compile and opcheck.
+
+    Returns:
+        The qualified name, ``acgkd_fast::name``.
+    """
+    name = schema.split("(", 1)[0].strip()
+    qualified = f"{NAMESPACE}::{name}"
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    @functools.wraps(reference)
+    def run_reference(*args: Any) -> Any:
+        device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+        _notice(device)
+        return reference(*args)
+
+    _library.impl(name, run_reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake)
+    _names.append(name)
+    return qualified
+
+
+@functools.cache
+def _notice(device: str) -> None:
+    warnings.warn(
+        f"acgkd_fast runs plain torch on {device} tensors: {_native.why_missing(device)} Results are the same, slower. "
+        "See `acgkd-fast doctor`.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def backend(name: str, device: torch.device | str) -> str:
+    """Which kernel the dispatcher runs for an operator: "native", "triton" or "reference"."""
+    key = "CUDA" if torch.device(device).type == "cuda" else "CPU"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
+        return "reference"
+    return "triton" if name in _native.TRITON_OPS and key == "CUDA" else "native"
+
+
+def operators() -> list[str]:
+    """Names of all operators declared so far."""
+    return list(_names)
+
+
+_native.load()

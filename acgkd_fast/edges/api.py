@@ -1,0 +1,175 @@
+"""Public edge sampling: checks, then one operator call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ..errors import InputError, check, check_choice, check_tensor
+from ..graphs import EdgeSample
+from ..layout import PairLayout
+from . import ops
+from .estimators import ESTIMATORS, NOISES, Estimator, Noise
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+assert ops.SAMPLE_EDGES  # importing the module declares the operators
+
+
+def _rng(seed: int | torch.Tensor, step: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """(seed, step) as int64 [2] on the device; tensors are taken without a host read."""
+    if isinstance(seed, int) and isinstance(step, int):
+        check(-(2**63) <= seed < 2**64, "seed", "an integer of 64 bits", seed)
+        check(0 <= step < 2**32, "step", "an integer in 0..2^32-1", step)
+        signed = seed - 2**64 if seed >= 2**63 else seed
+        return torch.tensor([signed, step], dtype=torch.int64, device=device)
+    parts = [torch.as_tensor(part, dtype=torch.int64, device=device).reshape(()) for part in (seed, step)]
+    return torch.stack(parts)
+
+
+def _temperature(temperature: float | torch.Tensor, device: torch.device) -> torch.Tensor:
+    if isinstance(temperature, torch.Tensor):
+        check(temperature.numel() == 1, "temperature", "a number or a tensor with one element", temperature)
+        return temperature.to(device=device, dtype=torch.float64).reshape(1)
+    number = isinstance(temperature, (int, float)) and 0.0 < temperature < float("inf")
+    check(number, "temperature", "a finite number above 0", temperature)
+    return torch.full((1,), float(temperature), dtype=torch.float64, device=device)
+
+
+def sample_edges(
+    logits: torch.Tensor,
+    layout: PairLayout,
+    *,
+    seed: int | torch.Tensor,
+    step: int | torch.Tensor = 0,
+    temperature: float | torch.Tensor = 1.0,
+    estimator: str = "straight_through",
+    noise: str = "logistic",
+    capacity: int | None = None,
+    gamma: float = -0.1,
+    zeta: float = 1.1,
+    absent_rate: float = 0.25,
+) -> EdgeSample:
+    """Draw Binary Concrete edges for a batch of graphs and return them sparse.
+
+    With theta the logit, L the noise of the pair and s = sigmoid((theta + L) / temperature):
+
+    ======================== =============================== ========================================
+    estimator                forward value                   gradient reaches
+    ======================== =============================== ========================================
+    relaxed                  s on every candidate            every candidate, exactly
+    hard_concrete            s (zeta - gamma) + gamma,       edges strictly between 0 and 1
+                             clamped to [0, 1], zeros gone
+    straight_through         1 where theta + L > 0           drawn edges through `value`, absent
+                                                             candidates through `port`, with slope
+                                                             s (1 - s) / temperature
+    sparse_straight_through  same                            drawn edges, and absent pairs sampled with
+                                                             chance q = min(1, 4 absent_rate s (1 - s)),
+                                                             stored with value 0 and slope divided by q:
+                                                             unbiased for straight_through
+    arm                      same; `antithetic` holds the    none here: see :func:`arm_gradient`
+                             mirrored draw
+    ======================== =============================== ========================================
+
+    Args:
+        logits: theta = log alpha of each candidate pair, [P = layout.num_pairs]; float32, float64
+            or bfloat16 (arithmetic in float32). Under logistic noise P(edge) = sigmoid(theta);
+            under Gumbel noise it is 1 - exp(-exp(theta)).
+        layout: which pairs the logits belong to.
+        seed: 64-bit key of the random stream; an int, or an int64 tensor with one element.
+        step: counter word that separates draws, 0..2^32-1; an int or a tensor like `seed`.
+        temperature: above 0; smaller is closer to hard. A tensor is taken unchecked, so that a
+            captured CUDA graph can anneal it.
+        estimator: see the table.
+        noise: "logistic" (textbook Binary Concrete) or "gumbel" (one Gumbel, as secondary sources
+            print ACGKD's formula).
+        capacity: length of the edge buffers. The count then stays on the device, and a sample that
+            does not fit comes back empty with ``overflowed()`` true. Default: exact length.
+        gamma, zeta: stretch of hard_concrete, gamma < 0 and zeta > 1.
+        absent_rate: scale of the sampling chance of sparse_straight_through, above 0.
+
+    Returns:
+        EdgeSample in canonical CSR over all N nodes: ``rowptr`` int32 [N + 1], ``col`` int32 [E]
+        ascending in each row, ``pair`` int64 [E], ``value`` [E] with the dtype of the logits.
+        Undirected layouts store both directions. Equal input gives equal bits.
+
+    Gradients:
+        `logits` only, as in the table.
+
+    Raises:
+        InputError: an argument outside its range, naming it.
+
+    Sources: Maddison et al., arXiv 1611.00712 (Binary Concrete); Louizos et al., arXiv 1712.01312
+    (hard concrete); Yin and Zhou, arXiv 1807.11143 (ARM); ACGKD, arXiv 2504.00540.
+    """
+    check(isinstance(layout, PairLayout), "layout", "a PairLayout", layout)
+    check_tensor("logits", logits, shape=(layout.num_pairs,), dtypes=_DTYPES, device=layout.device)
+    check_choice("estimator", estimator, ESTIMATORS)
+    check_choice("noise", noise, NOISES)
+    check(gamma < 0.0 and zeta > 1.0, "gamma, zeta", "gamma < 0 and zeta > 1", (gamma, zeta))
+    check(absent_rate > 0.0, "absent_rate", "a number above 0", absent_rate)
+    check(capacity is None or capacity >= 0, "capacity", "None or a number of edges", capacity)
+    if estimator == "arm" and noise != "logistic":
+        raise InputError("noise: expected 'logistic' with estimator 'arm', whose identity needs it, got 'gumbel'")
+
+    code, noise_code = Estimator[estimator.upper()], Noise[noise.upper()]
+    logits = logits.contiguous()
+    shared = (logits, layout.table, _rng(seed, step, logits.device), _temperature(temperature, logits.device), layout.kind)
+    sample = _draw(shared, code, noise_code, (gamma, zeta, absent_rate), layout, capacity)
+    if code == Estimator.STRAIGHT_THROUGH and logits.requires_grad:
+        sample = replace(sample, port=torch.ops.acgkd_fast.candidate_port(*shared, noise_code))
+    if code == Estimator.ARM:
+        mirrored = _draw(shared, Estimator.ARM_MIRRORED, noise_code, (gamma, zeta, absent_rate), layout, capacity)
+        sample = replace(sample, antithetic=mirrored, rng=shared[2])
+    return sample
+
+
+def _draw(
+    shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int],
+    estimator: Estimator,
+    noise: Noise,
+    stretch: tuple[float, float, float],
+    layout: PairLayout,
+    capacity: int | None,
+) -> EdgeSample:
+    value, rowptr, col, pair, needed = torch.ops.acgkd_fast.sample_edges(
+        *shared, int(estimator), int(noise), *stretch, layout.num_nodes, -1 if capacity is None else capacity
+    )
+    return EdgeSample(
+        rowptr=rowptr,
+        col=col,
+        value=value,
+        ptr=layout.node_ptr,
+        symmetric=not layout.directed,
+        pair=pair,
+        layout=layout,
+        needed=None if capacity is None else needed,
+    )
+
+
+def arm_gradient(sample: EdgeSample, loss: torch.Tensor, loss_antithetic: torch.Tensor) -> torch.Tensor:
+    """Gradient of the logits by augment-REINFORCE-merge, (l(A1) - l(A2)) * (u - 1/2).
+
+    Args:
+        sample: what ``sample_edges(..., estimator="arm")`` returned.
+        loss: loss of each graph under the first draw, [B].
+        loss_antithetic: loss of each graph under ``sample.antithetic``, [B].
+
+    Returns:
+        [P], unbiased for the gradient of the expected loss.
+
+    Raises:
+        InputError: `sample` is no ARM pair, or a loss is not [B].
+
+    Source: Yin and Zhou, arXiv 1807.11143; used by GFKD, arXiv 2105.07519.
+    """
+    if sample.antithetic is None or sample.layout is None or sample.rng is None:
+        raise InputError("sample: expected a draw of estimator 'arm', got one without its antithetic twin")
+    layout = sample.layout
+    for name, tensor in (("loss", loss), ("loss_antithetic", loss_antithetic)):
+        check_tensor(name, tensor, shape=(layout.num_graphs,), device=layout.device)
+    u = torch.ops.acgkd_fast.pair_uniforms(layout.table, sample.rng, layout.kind, 0, layout.num_pairs)
+    counts = layout.pair_ptr[1:] - layout.pair_ptr[:-1]
+    difference = (loss - loss_antithetic).detach()
+    return difference.repeat_interleave(counts, output_size=layout.num_pairs) * (u - 0.5)

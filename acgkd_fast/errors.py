@@ -1,0 +1,65 @@
+"""Errors for bad input, and the few checks that every public function shares.
+
+Messages name the argument, say what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+class InputError(ValueError):
+    """A value that the caller passed cannot be used; the message is one line."""
+
+
+class DataError(InputError):
+    """A file is missing, corrupt or not of the form that was asked for."""
+
+
+def describe(value: Any) -> str:
+    """Short text for an error message: shape and dtype of a tensor, else the value."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def fail(name: str, expected: str, got: Any) -> InputError:
+    """The error to raise when argument `name` is not as expected."""
+    return InputError(f"{name}: expected {expected}, got {describe(got)}")
+
+
+def check(condition: bool, name: str, expected: str, got: Any) -> None:
+    if not condition:
+        raise fail(name, expected, got)
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    known = tuple(choices)
+    check(value in known, name, "one of " + ", ".join(known), value)
+
+
+def check_tensor(
+    name: str,
+    value: Any,
+    *,
+    shape: tuple[int | None, ...] | None = None,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Check type, shape (None matches any extent), dtype and device of a tensor argument."""
+    check(isinstance(value, torch.Tensor), name, "a torch.Tensor", value)
+    if shape is not None:
+        fits = value.dim() == len(shape) and all(
+            want is None or want == have for want, have in zip(shape, value.shape, strict=True)
+        )
+        wanted = "(" + ", ".join("any" if s is None else str(s) for s in shape) + ")"
+        check(fits, name, f"a tensor of shape {wanted}", value)
+    if dtypes is not None:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        check(value.dtype in dtypes, name, f"dtype {names}", value)
+    if device is not None:
+        check(value.device == device, name, f"a tensor on {device}", value)

@@ -1,0 +1,116 @@
+"""Public message passing: checks, then one operator call per direction."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import check, check_choice, check_tensor, fail
+from ..graphs import EdgeSample
+from . import ops, reference
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_MODES = {"sum": reference.SUM, "mean": reference.MEAN, "max": reference.MAX}
+
+assert ops.GCN_PROPAGATE  # importing the module declares the operators
+
+
+def _check(x: torch.Tensor, edges: EdgeSample) -> None:
+    check(isinstance(edges, EdgeSample), "edges", "an EdgeSample", edges)
+    check_tensor("x", x, shape=(edges.num_nodes, None), dtypes=_DTYPES, device=edges.rowptr.device)
+
+
+def _operands(x: torch.Tensor, edges: EdgeSample) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int]:
+    value = edges.value if edges.value.dtype == x.dtype else edges.value.to(x.dtype)
+    port = edges.port
+    if port is not None and port.dtype != x.dtype:
+        port = port.to(x.dtype)
+    layout = edges.layout
+    return value, port, None if port is None else layout.table, 0 if layout is None else layout.kind
+
+
+def gcn_propagate(x: torch.Tensor, edges: EdgeSample, add_self_loops: bool = True) -> torch.Tensor:
+    """D^-1/2 (A + I) D^-1/2 x, with D taken from the sampled edge values.
+
+    Args:
+        x: node features [N, F]; float32, float64 or bfloat16 (accumulated in float32).
+        edges: the edges of the batch; row i receives from its columns.
+        add_self_loops: add I; without it, rows whose values sum to nothing give zeros.
+
+    Returns:
+        [N, F], dtype of `x`. Equal input gives equal bits.
+
+    Gradients:
+        `x` and ``edges.value``, through the degrees too; for straight-through samples also the
+        absent candidates (``edges.port``). With symmetric edges the gradient of a value is defined
+        up to its exchange with the opposite direction's: their sum is exact, which is all that the
+        shared logit sees.
+
+    Raises:
+        InputError: `x` has another number of nodes, dtype or device than the edges.
+
+    Source: Kipf and Welling, arXiv 1609.02907, eq. 2, with weighted degrees as in PyTorch
+    Geometric (in-degrees on both sides of a directed graph).
+    """
+    _check(x, edges)
+    value, port, table, kind = _operands(x, edges)
+    out, _ = torch.ops.acgkd_fast.gcn_propagate(
+        x.contiguous(), value, port, table, edges.rowptr, edges.col, *edges.transposed(), add_self_loops, kind
+    )
+    return out
+
+
+def gin_propagate(x: torch.Tensor, edges: EdgeSample, eps: float | torch.Tensor = 0.0) -> torch.Tensor:
+    """(1 + eps) x + A x.
+
+    Args:
+        x: node features [N, F]; float32, float64 or bfloat16 (accumulated in float32).
+        edges: the edges of the batch.
+        eps: a number, or a tensor with one element that may require grad.
+
+    Returns:
+        [N, F], dtype of `x`. Equal input gives equal bits.
+
+    Gradients:
+        `x`, ``edges.value`` (see :func:`gcn_propagate`), absent candidates, and `eps`.
+
+    Raises:
+        InputError: `x` does not fit the edges, or `eps` has more than one element.
+
+    Source: Xu et al., arXiv 1810.00826, eq. 4.1, with edge weights.
+    """
+    _check(x, edges)
+    if isinstance(eps, torch.Tensor):
+        if eps.numel() != 1:
+            raise fail("eps", "a number or a tensor with one element", eps)
+        eps = eps.to(device=x.device)
+    else:
+        eps = torch.full((1,), float(eps), dtype=reference.compute_dtype(x.dtype), device=x.device)
+    value, port, table, kind = _operands(x, edges)
+    result: torch.Tensor = torch.ops.acgkd_fast.gin_propagate(
+        x.contiguous(), value, eps, port, table, edges.rowptr, edges.col, *edges.transposed(), kind
+    )
+    return result
+
+
+def readout(x: torch.Tensor, ptr: torch.Tensor, mode: str = "sum") -> torch.Tensor:
+    """Reduce node features to one row per graph.
+
+    Args:
+        x: node features [N, F]; float32, float64 or bfloat16.
+        ptr: int64 [B + 1]: graph g owns rows ptr[g] .. ptr[g + 1] - 1.
+        mode: "sum", "mean" or "max".
+
+    Returns:
+        [B, F]; a graph without nodes gives zeros.
+
+    Gradients:
+        `x`; for "max" the first node that reached the maximum.
+
+    Raises:
+        InputError: unknown mode, or tensors of the wrong form.
+    """
+    check_choice("mode", mode, _MODES)
+    check_tensor("x", x, shape=(None, None), dtypes=_DTYPES)
+    check_tensor("ptr", ptr, shape=(None,), dtypes=(torch.int64,), device=x.device)
+    out: torch.Tensor = torch.ops.acgkd_fast.readout(x.contiguous(), ptr, _MODES[mode])[0]
+    return out
