@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -23,7 +24,7 @@ def describe(value: Any) -> str:
     """Short text for an error message: shape and dtype of a tensor, else the value."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -35,6 +36,16 @@ def fail(name: str, expected: str, got: Any) -> InputError:
 def check(condition: bool, name: str, expected: str, got: Any) -> None:
     if not condition:
         raise fail(name, expected, got)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is a whole number of Python's or numpy's; a bool is none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number of Python's or numpy's; a bool is none."""
+    return is_integer(value) or isinstance(value, (float, np.floating))
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:

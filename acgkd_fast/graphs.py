@@ -73,7 +73,8 @@ class EdgeSample:
             InputError: wrong shapes, or node numbers outside 0..N-1.
         """
         check_tensor("edge_index", edge_index, shape=(2, None), dtypes=(torch.int64,))
-        check_tensor("ptr", ptr, shape=(None,), dtypes=(torch.int64,))
+        check_tensor("ptr", ptr, shape=(None,), dtypes=(torch.int64,), device=edge_index.device)
+        check(ptr.numel() > 0, "ptr", "the B + 1 node offsets of the graphs", ptr)
         nodes = int(ptr[-1])
         if edge_index.numel():
             low, high = int(edge_index.min()), int(edge_index.max())
@@ -120,7 +121,7 @@ class EdgeSample:
             return None, None, None
         if self._transposed is None:
             row, col = self.row(), self.col[: self.num_edges].long()
-            order = torch.argsort(col * self.num_nodes + row)
+            order = torch.argsort(col * self.num_nodes + row, stable=True)
             counts = torch.bincount(col, minlength=self.num_nodes)
             rowptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
             self._transposed = rowptr, row[order].int(), order.int()
@@ -249,8 +250,10 @@ class GraphBatch:
         """Some of the graphs, in the order given; repeats are allowed.
 
         Raises:
-            InputError: a position outside 0..B-1, or edges that are samples with open gradients.
+            InputError: a position outside 0..B-1, or straight-through edges whose `port` has open
+                gradients, which would be lost.
         """
+        _check_closed(self.edges)
         chosen = torch.as_tensor(graphs, dtype=torch.int64, device=self.x.device).reshape(-1)
         if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.num_graphs:
             raise fail("graphs", f"positions in 0..{self.num_graphs - 1}", chosen.tolist())
@@ -269,9 +272,12 @@ class GraphBatch:
         """One batch holding the graphs of all, in order.
 
         Raises:
-            InputError: no batches, or labels on some but not all of them.
+            InputError: no batches, labels on some but not all of them, or straight-through edges
+                whose `port` has open gradients, which would be lost.
         """
         check(len(batches) > 0, "batches", "at least one", batches)
+        for batch in batches:
+            _check_closed(batch.edges)
         labelled = [b.y is not None for b in batches]
         check(all(labelled) or not any(labelled), "batches", "labels on all or on none", labelled)
         rowptr, col, ptr = [batches[0].edges.rowptr[:1]], [], [batches[0].ptr[:1]]
@@ -370,6 +376,11 @@ class GraphBatch:
     def to_sparse_tensor(self) -> SparseTensor:
         """See :meth:`EdgeSample.to_sparse_tensor`."""
         return self.edges.to_sparse_tensor()
+
+
+def _check_closed(edges: EdgeSample) -> None:
+    if edges.port is not None and edges.port.requires_grad:
+        raise InputError("edges: expected no open gradients of absent candidates, got a sample drawn with grad enabled")
 
 
 def _concatenated_ranges(ptr: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,13 +6,14 @@ ragged; nothing is padded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 
 from . import philox
-from .errors import InputError, check
+from .errors import InputError, check, is_integer, is_number
 
 # A counter word holds pair // 4 in 32 bits.
 _MAX_PAIRS_PER_GRAPH = 2**34
@@ -45,6 +46,8 @@ class PairLayout:
             in the batch.
         table: int64 [4, B + 1] on the layout's device: node offsets, pair offsets, graph ids and
             band widths (the last column of the latter two is unused).
+        pairs_per_graph: candidate pairs of each graph, a tuple of B ints. Kept on the host, so that
+            a shape never waits for the device.
     """
 
     sizes: tuple[int, ...]
@@ -53,6 +56,7 @@ class PairLayout:
     graph_ids: tuple[int, ...]
     is_complete: bool
     table: torch.Tensor = field(repr=False)
+    pairs_per_graph: tuple[int, ...] = field(repr=False)
 
     @classmethod
     def complete(
@@ -102,8 +106,7 @@ class PairLayout:
         Raises:
             InputError: xi outside (0, 1], or as in :meth:`complete`.
         """
-        number = isinstance(xi, (int, float)) and not isinstance(xi, bool)
-        check(number and 0.0 < xi <= 1.0, "xi", "a number in (0, 1]", xi)
+        check(is_number(xi) and 0.0 < xi <= 1.0, "xi", "a number in (0, 1]", xi)
         return cls._build(sizes, float(xi), directed, graph_ids, device, is_complete=False)
 
     @classmethod
@@ -121,10 +124,11 @@ class PairLayout:
         small = [n for n in sizes if n < 1]
         if small:
             raise InputError(f"sizes: expected at least 1 node in every graph, got a graph of {small[0]}")
+        check(sum(sizes) <= _MAX_NODES, "sizes", f"at most {_MAX_NODES} nodes in all", sum(sizes))
         ids = tuple(range(len(sizes))) if graph_ids is None else _as_ints("graph_ids", graph_ids)
-        check(len(ids) == len(sizes), "graph_ids", f"{len(sizes)} ids, one per graph", f"{len(ids)} ids")
-        check(len(set(ids)) == len(ids), "graph_ids", "distinct ids", "a repeated id")
-        check(all(0 <= g < 2**32 for g in ids), "graph_ids", "ids in 0..2^32-1", (min(ids, default=0), max(ids, default=0)))
+        check(len(ids) == len(sizes), "graph_ids", f"{len(sizes)} ids, one per graph", ids)
+        check(len(set(ids)) == len(ids), "graph_ids", "distinct ids", ids)
+        check(all(0 <= g < 2**32 for g in ids), "graph_ids", "ids in 0..2^32-1", ids)
 
         n = torch.tensor(sizes, dtype=torch.int64)
         # round() would send xi (n - 1) / 2 = 0.5 to 0; floor(x + 1/2) keeps ties upward.
@@ -135,7 +139,6 @@ class PairLayout:
         per_graph = _triangle(n) if is_complete else torch.minimum(n * band, _triangle(n))
         if directed:
             per_graph = 2 * per_graph
-        check(int(n.sum()) <= _MAX_NODES, "sizes", f"at most {_MAX_NODES} nodes in all", int(n.sum()))
         largest = int(per_graph.max()) if len(sizes) else 0
         check(largest <= _MAX_PAIRS_PER_GRAPH, "sizes", "at most 2^34 candidate pairs per graph", largest)
 
@@ -145,18 +148,18 @@ class PairLayout:
         if len(sizes):
             table[2, :-1] = torch.tensor(ids, dtype=torch.int64)
             table[3, :-1] = band
-        return cls(sizes, xi, directed, ids, is_complete, table.to(device))
+        return cls(sizes, xi, directed, ids, is_complete, table.to(device), tuple(per_graph.tolist()))
 
     @classmethod
     def from_table(cls, table: torch.Tensor, kind: int) -> PairLayout:
         """Rebuild a layout from what the ops receive. Reads `table` on the host."""
         node_ptr = table[0].tolist()
-        sizes = tuple(b - a for a, b in zip(node_ptr[:-1], node_ptr[1:], strict=True))
+        sizes = tuple(b - a for a, b in pairwise(node_ptr))
         ids = tuple(table[2, :-1].tolist())
-        pairs, complete_pairs = int(table[1, -1]), sum(n * (n - 1) // 2 for n in sizes)
-        directed = bool(kind & 2)
-        xi = pairs / ((2 if directed else 1) * complete_pairs) if complete_pairs else 1.0
-        return cls(sizes, xi, directed, ids, not kind & 1, table)
+        pairs = tuple((table[1, 1:] - table[1, :-1]).tolist())
+        directed, complete_pairs = bool(kind & 2), sum(n * (n - 1) // 2 for n in sizes)
+        xi = sum(pairs) / ((2 if directed else 1) * complete_pairs) if complete_pairs else 1.0
+        return cls(sizes, xi, directed, ids, not kind & 1, table, pairs)
 
     @property
     def num_graphs(self) -> int:
@@ -170,13 +173,6 @@ class PairLayout:
     def num_pairs(self) -> int:
         """Candidate pairs of the whole batch: the length of the logits."""
         return sum(self.pairs_per_graph)
-
-    @property
-    def pairs_per_graph(self) -> tuple[int, ...]:
-        factor = 2 if self.directed else 1
-        if self.is_complete:
-            return tuple(factor * (n * (n - 1) // 2) for n in self.sizes)
-        return tuple(int(count) for count in (self.pair_ptr[1:] - self.pair_ptr[:-1]).tolist())
 
     @property
     def kind(self) -> int:
@@ -201,16 +197,12 @@ class PairLayout:
         """The same layout with `table` on another device."""
         if torch.device(device) == self.device:
             return self
-        return PairLayout(
-            self.sizes, self.xi, self.directed, self.graph_ids, self.is_complete, self.table.to(device)
-        )
+        return replace(self, table=self.table.to(device))
 
     def select(self, graphs: Sequence[int]) -> PairLayout:
         """The layout of some of the graphs, in the order given; draws stay what they were."""
         chosen = _as_ints("graphs", graphs)
-        check(
-            all(0 <= g < self.num_graphs for g in chosen), "graphs", f"positions in 0..{self.num_graphs - 1}", chosen
-        )
+        check(all(0 <= g < self.num_graphs for g in chosen), "graphs", f"positions in 0..{self.num_graphs - 1}", chosen)
         return PairLayout._build(
             [self.sizes[g] for g in chosen],
             self.xi,
@@ -269,7 +261,8 @@ class PairLayout:
         n = self.node_ptr[graph + 1] - first
         low = torch.minimum(row, col) - first
         high = torch.maximum(row, col) - first
-        valid = (row != col) & (high < n)
+        # Either end may lie in another graph than `row`, before or behind it.
+        valid = (row != col) & (low >= 0) & (high < n)
         if self.is_complete:
             local = high * (high - 1) // 2 + low
         else:
@@ -316,7 +309,9 @@ def _complete_pair(local: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _as_ints(name: str, values: Sequence[int] | torch.Tensor) -> tuple[int, ...]:
-    listed = values.tolist() if isinstance(values, torch.Tensor) else list(values)
-    for value in listed:
-        check(isinstance(value, int) and not isinstance(value, bool), name, "integers", value)
-    return tuple(listed)
+    listed = values.tolist() if isinstance(values, torch.Tensor) else values
+    check(isinstance(listed, Iterable), name, "a sequence of integers", values)
+    integers = tuple(listed)
+    for value in integers:
+        check(is_integer(value), name, "integers", value)
+    return tuple(int(value) for value in integers)

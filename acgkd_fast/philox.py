@@ -12,12 +12,12 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from .errors import check
+from .errors import check, is_integer
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -37,7 +37,7 @@ class Stream(IntEnum):
     PROPOSAL = 3
 
 
-def _rounds(counter: list[Words], key: tuple[int, int]) -> list[Words]:
+def _rounds(counter: list[Words], key: tuple[Any, Any]) -> list[Words]:
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -55,10 +55,15 @@ def _multiply(word: Words, factor: int) -> tuple[Words, Words]:
     return ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF), high_part >> 16
 
 
+def check_word(name: str, value: Any, low: int, high: int) -> None:
+    """Check an integer in low..high-1 that becomes a counter or key word."""
+    check(is_integer(value) and low <= value < high, name, f"an integer in {low}..{high - 1}", value)
+
+
 def split_seed(seed: int) -> tuple[int, int]:
     """Low and high 32-bit key words of a seed; negative seeds count as their 64-bit pattern."""
-    check(isinstance(seed, int) and -(2**63) <= seed < 2**64, "seed", "an integer of 64 bits", seed)
-    return seed & _MASK, (seed >> 32) & _MASK
+    check_word("seed", seed, -(2**63), 2**64)
+    return int(seed) & _MASK, (int(seed) >> 32) & _MASK
 
 
 def words_numpy(counter: np.ndarray, seed: int) -> np.ndarray:
@@ -85,8 +90,13 @@ def words_torch(counter: torch.Tensor, key: torch.Tensor | int) -> torch.Tensor:
     Returns:
         int64 tensor of the same shape with values in 0..2^32-1.
     """
-    key_words = split_seed(key) if isinstance(key, int) else (key & _MASK, (key >> 32) & _MASK)
-    return torch.stack(_rounds(list(counter.unbind(-1)), key_words), dim=-1)  # type: ignore[arg-type]
+    key_words: tuple[Any, Any]
+    if isinstance(key, torch.Tensor):
+        key = key.reshape(())
+        key_words = (key & _MASK, (key >> 32) & _MASK)
+    else:
+        key_words = split_seed(key)
+    return torch.stack(_rounds(list(counter.unbind(-1)), key_words), dim=-1)
 
 
 def uniform_from_words(words: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -3,37 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 
 import torch
 
-from ..errors import InputError, check, check_choice, check_tensor
+from ..errors import InputError, check, check_choice, check_tensor, is_integer, is_number
 from ..graphs import EdgeSample
 from ..layout import PairLayout
+from ..philox import check_word
 from . import ops
 from .estimators import ESTIMATORS, NOISES, Estimator, Noise
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_LARGEST_INT32 = 2**31 - 1
+# Below float32's normal range theta / temperature turns into 0 / 0, above it into inf / inf.
+_TEMPERATURES = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
 
 assert ops.SAMPLE_EDGES  # importing the module declares the operators
 
 
 def _rng(seed: int | torch.Tensor, step: int | torch.Tensor, device: torch.device) -> torch.Tensor:
     """(seed, step) as int64 [2] on the device; tensors are taken without a host read."""
-    if isinstance(seed, int) and isinstance(step, int):
-        check(-(2**63) <= seed < 2**64, "seed", "an integer of 64 bits", seed)
-        check(0 <= step < 2**32, "step", "an integer in 0..2^32-1", step)
-        signed = seed - 2**64 if seed >= 2**63 else seed
-        return torch.tensor([signed, step], dtype=torch.int64, device=device)
-    parts = [torch.as_tensor(part, dtype=torch.int64, device=device).reshape(()) for part in (seed, step)]
-    return torch.stack(parts)
+    words = [_word("seed", seed, -(2**63), 2**64), _word("step", step, 0, 2**32)]
+    if isinstance(words[0], int) and isinstance(words[1], int):
+        return torch.tensor(words, dtype=torch.int64, device=device)
+    return torch.stack([torch.as_tensor(word, dtype=torch.int64, device=device).reshape(()) for word in words])
+
+
+def _word(name: str, value: int | torch.Tensor, low: int, high: int) -> int | torch.Tensor:
+    """A checked int as the signed 64-bit value with the same pattern; a tensor as it is."""
+    if isinstance(value, torch.Tensor):
+        whole = value.numel() == 1 and not value.is_floating_point() and value.dtype != torch.bool
+        check(whole, name, "an integer or an int64 tensor with one element", value)
+        return value
+    check_word(name, value, low, high)
+    return int(value) - 2**64 if value >= 2**63 else int(value)
 
 
 def _temperature(temperature: float | torch.Tensor, device: torch.device) -> torch.Tensor:
     if isinstance(temperature, torch.Tensor):
         check(temperature.numel() == 1, "temperature", "a number or a tensor with one element", temperature)
         return temperature.to(device=device, dtype=torch.float64).reshape(1)
-    number = isinstance(temperature, (int, float)) and 0.0 < temperature < float("inf")
-    check(number, "temperature", "a finite number above 0", temperature)
+    fits = is_number(temperature) and _TEMPERATURES[0] <= temperature <= _TEMPERATURES[1]
+    check(fits, "temperature", "a finite number above 0 in the range of float32", temperature)
     return torch.full((1,), float(temperature), dtype=torch.float64, device=device)
 
 
@@ -107,21 +119,27 @@ def sample_edges(
     check_tensor("logits", logits, shape=(layout.num_pairs,), dtypes=_DTYPES, device=layout.device)
     check_choice("estimator", estimator, ESTIMATORS)
     check_choice("noise", noise, NOISES)
-    check(gamma < 0.0 and zeta > 1.0, "gamma, zeta", "gamma < 0 and zeta > 1", (gamma, zeta))
-    check(absent_rate > 0.0, "absent_rate", "a number above 0", absent_rate)
-    check(capacity is None or capacity >= 0, "capacity", "None or a number of edges", capacity)
+    stretched = is_number(gamma) and is_number(zeta) and -inf < gamma < 0.0 and 1.0 < zeta < inf
+    check(stretched, "gamma, zeta", "finite gamma < 0 and zeta > 1", (gamma, zeta))
+    check(is_number(absent_rate) and absent_rate > 0.0, "absent_rate", "a number above 0", absent_rate)
+    fits = capacity is None or (is_integer(capacity) and 0 <= capacity <= _LARGEST_INT32)
+    check(fits, "capacity", "None or a number of edges in 0..2^31-1", capacity)
+    if estimator == "relaxed":
+        entries = layout.num_pairs * (1 if layout.directed else 2)
+        check(entries <= _LARGEST_INT32, "layout", "at most 2^31-1 edges for estimator 'relaxed'", entries)
     if estimator == "arm" and noise != "logistic":
         raise InputError("noise: expected 'logistic' with estimator 'arm', whose identity needs it, got 'gumbel'")
 
     code, noise_code = Estimator[estimator.upper()], Noise[noise.upper()]
     logits = logits.contiguous()
-    shared = (logits, layout.table, _rng(seed, step, logits.device), _temperature(temperature, logits.device), layout.kind)
+    rng, tau = _rng(seed, step, logits.device), _temperature(temperature, logits.device)
+    shared = (logits, layout.table, rng, tau, layout.kind)
     sample = _draw(shared, code, noise_code, (gamma, zeta, absent_rate), layout, capacity)
     if code == Estimator.STRAIGHT_THROUGH and logits.requires_grad:
         sample = replace(sample, port=torch.ops.acgkd_fast.candidate_port(*shared, noise_code))
     if code == Estimator.ARM:
         mirrored = _draw(shared, Estimator.ARM_MIRRORED, noise_code, (gamma, zeta, absent_rate), layout, capacity)
-        sample = replace(sample, antithetic=mirrored, rng=shared[2])
+        sample = replace(sample, antithetic=mirrored, rng=rng)
     return sample
 
 
@@ -169,7 +187,7 @@ def arm_gradient(sample: EdgeSample, loss: torch.Tensor, loss_antithetic: torch.
     layout = sample.layout
     for name, tensor in (("loss", loss), ("loss_antithetic", loss_antithetic)):
         check_tensor(name, tensor, shape=(layout.num_graphs,), device=layout.device)
-    u = torch.ops.acgkd_fast.pair_uniforms(layout.table, sample.rng, layout.kind, 0, layout.num_pairs)
+    u: torch.Tensor = torch.ops.acgkd_fast.pair_uniforms(layout.table, sample.rng, layout.kind, 0, layout.num_pairs)
     counts = layout.pair_ptr[1:] - layout.pair_ptr[:-1]
     difference = (loss - loss_antithetic).detach()
     return difference.repeat_interleave(counts, output_size=layout.num_pairs) * (u - 0.5)

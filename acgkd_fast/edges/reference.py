@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import check
 from ..layout import PairLayout
 from ..philox import Stream
 from .estimators import Estimator, Noise
@@ -77,6 +78,7 @@ def sample_edges(
     values = value[pair].to(logits.dtype)
     counts = torch.bincount(row, minlength=num_nodes)
     rowptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+    check(pair.numel() < 2**31, "logits", "a sample of at most 2^31-1 edges, the range of rowptr", pair.numel())
     needed = torch.tensor([pair.numel()], dtype=torch.int64, device=logits.device)
     if capacity >= 0:
         rowptr, col, pair, values = _fit(rowptr, col, pair, values, capacity)
@@ -201,8 +203,6 @@ def candidate_gradient(
     return grad.to(storage)
 
 
-def pair_uniforms(
-    table: torch.Tensor, rng: torch.Tensor, kind: int, stream: int, num_pairs: int
-) -> torch.Tensor:
+def pair_uniforms(table: torch.Tensor, rng: torch.Tensor, kind: int, stream: int, num_pairs: int) -> torch.Tensor:
     """The uniform of every candidate pair, float32 [P]."""
     return PairLayout.from_table(table, kind).uniforms(seed=rng[0], step=rng[1], stream=Stream(stream))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import check, check_choice, check_tensor, fail
+from ..edges.reference import compute_dtype
+from ..errors import check, check_choice, check_tensor, fail, is_number
 from ..graphs import EdgeSample
 from . import ops, reference
 
@@ -25,7 +26,9 @@ def _operands(x: torch.Tensor, edges: EdgeSample) -> tuple[torch.Tensor, torch.T
     if port is not None and port.dtype != x.dtype:
         port = port.to(x.dtype)
     layout = edges.layout
-    return value, port, None if port is None else layout.table, 0 if layout is None else layout.kind
+    if layout is None:
+        return value, None, None, 0
+    return value, port, None if port is None else layout.table, layout.kind
 
 
 def gcn_propagate(x: torch.Tensor, edges: EdgeSample, add_self_loops: bool = True) -> torch.Tensor:
@@ -53,6 +56,7 @@ def gcn_propagate(x: torch.Tensor, edges: EdgeSample, add_self_loops: bool = Tru
     """
     _check(x, edges)
     value, port, table, kind = _operands(x, edges)
+    out: torch.Tensor
     out, _ = torch.ops.acgkd_fast.gcn_propagate(
         x.contiguous(), value, port, table, edges.rowptr, edges.col, *edges.transposed(), add_self_loops, kind
     )
@@ -84,7 +88,8 @@ def gin_propagate(x: torch.Tensor, edges: EdgeSample, eps: float | torch.Tensor 
             raise fail("eps", "a number or a tensor with one element", eps)
         eps = eps.to(device=x.device)
     else:
-        eps = torch.full((1,), float(eps), dtype=reference.compute_dtype(x.dtype), device=x.device)
+        check(is_number(eps), "eps", "a number or a tensor with one element", eps)
+        eps = torch.full((1,), float(eps), dtype=compute_dtype(x.dtype), device=x.device)
     value, port, table, kind = _operands(x, edges)
     result: torch.Tensor = torch.ops.acgkd_fast.gin_propagate(
         x.contiguous(), value, eps, port, table, edges.rowptr, edges.col, *edges.transposed(), kind
@@ -97,7 +102,7 @@ def readout(x: torch.Tensor, ptr: torch.Tensor, mode: str = "sum") -> torch.Tens
 
     Args:
         x: node features [N, F]; float32, float64 or bfloat16.
-        ptr: int64 [B + 1]: graph g owns rows ptr[g] .. ptr[g + 1] - 1.
+        ptr: int64 [B + 1]: graph g owns rows ptr[g] .. ptr[g + 1] - 1; starts at 0, ends at N.
         mode: "sum", "mean" or "max".
 
     Returns:
@@ -112,5 +117,8 @@ def readout(x: torch.Tensor, ptr: torch.Tensor, mode: str = "sum") -> torch.Tens
     check_choice("mode", mode, _MODES)
     check_tensor("x", x, shape=(None, None), dtypes=_DTYPES)
     check_tensor("ptr", ptr, shape=(None,), dtypes=(torch.int64,), device=x.device)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        spans = ptr.numel() > 0 and int(ptr[0]) == 0 and int(ptr[-1]) == x.shape[0]
+        check(spans, "ptr", f"node offsets from 0 to {x.shape[0]}", ptr.tolist())
     out: torch.Tensor = torch.ops.acgkd_fast.readout(x.contiguous(), ptr, _MODES[mode])[0]
     return out

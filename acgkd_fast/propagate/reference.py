@@ -124,7 +124,7 @@ def gin_propagate(
     """out = (1 + eps) x + A x."""
     wide = compute_dtype(x.dtype)
     wide_x = x.to(wide)
-    out = (1.0 + eps.to(wide)) * wide_x + _aggregate(rowptr, col, value.to(wide), wide_x)
+    out = (1.0 + eps.to(wide).reshape(())) * wide_x + _aggregate(rowptr, col, value.to(wide), wide_x)
     return out.to(x.dtype)
 
 
@@ -148,7 +148,7 @@ def gin_propagate_backward(
         _transposed_value(value.to(wide), t_edge),
         g,
     )
-    grad_x = (1.0 + eps.to(wide)) * g + back
+    grad_x = (1.0 + eps.to(wide).reshape(())) * g + back
     grad_value = _entry_gradient(g, wide_x, None, rowptr, col, value.shape[0])
     grad_eps = (g * wide_x).sum().reshape(eps.shape)
     return grad_x.to(x.dtype), grad_value.to(value.dtype), grad_eps.to(eps.dtype)
@@ -194,5 +194,6 @@ def readout_backward(
         index = torch.where(argmax < 0, num_nodes, argmax.long())
         return grad_x.scatter_(0, index, grad_out)[:num_nodes]
     if mode == MEAN:
-        grad_out = (grad_out.to(compute_dtype(grad_out.dtype)) / (ptr[1:] - ptr[:-1]).clamp(min=1)[:, None]).to(grad_out.dtype)
+        sizes = (ptr[1:] - ptr[:-1]).clamp(min=1)[:, None]
+        grad_out = (grad_out.to(compute_dtype(grad_out.dtype)) / sizes).to(grad_out.dtype)
     return grad_out[_rows(ptr)]
