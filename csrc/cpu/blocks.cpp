@@ -1,0 +1,122 @@
+#include "cpu/blocks.h"
+
+namespace acgkd {
+namespace {
+
+// Packs 64 bytes of 0 or 1 into bits; each product gathers the low bits of eight bytes in its top byte.
+ACGKD_SHARED uint64_t pack(const uint8_t* flags) {
+  uint64_t mask = 0;
+  for (int group = 0; group < kLanes / 8; ++group) {
+    uint64_t bytes;
+    std::memcpy(&bytes, flags + 8 * group, 8);
+    mask |= ((bytes * 0x0102040810204080u) >> 56) << (8 * group);
+  }
+  return mask;
+}
+
+template <typename Real>
+ACGKD_SHARED void uniforms(const uint32_t* words, bool mirrored, Real* u) {
+  for (int i = 0; i < kLanes; ++i) u[i] = uniform_of<Real>(words[i]);
+  if (mirrored) {
+    for (int i = 0; i < kLanes; ++i) u[i] = Real(1) - u[i];
+  }
+}
+
+// Without the noise itself: theta + L > 0 where u exp(theta) > 1 - u (logistic) or exp(theta) > -log u (Gumbel).
+template <typename Real>
+ACGKD_SHARED uint64_t drawn(const Real* theta, const Real* u, int64_t noise) {
+  uint8_t flags[kLanes];
+  if (noise == kLogistic) {
+    for (int i = 0; i < kLanes; ++i) flags[i] = u[i] * exponential(theta[i]) > Real(1) - u[i];
+  } else {
+    for (int i = 0; i < kLanes; ++i) flags[i] = exponential(theta[i]) > -logarithm(u[i]);
+  }
+  return pack(flags);
+}
+
+template <typename Real>
+ACGKD_SHARED void scaled(const Real* theta, const Real* u, int64_t noise, Real temperature, Real* z) {
+  if (noise == kLogistic) {
+    // 1 - u is exact.
+    for (int i = 0; i < kLanes; ++i) z[i] = (theta[i] + logarithm(u[i] / (Real(1) - u[i]))) / temperature;
+  } else {
+    for (int i = 0; i < kLanes; ++i) z[i] = (theta[i] - logarithm(-logarithm(u[i]))) / temperature;
+  }
+}
+
+template <typename Real>
+ACGKD_SHARED void soft(const Real* z, Real* out) {
+  for (int i = 0; i < kLanes; ++i) out[i] = Real(1) / (Real(1) + exponential(-z[i]));
+}
+
+template <typename Real>
+ACGKD_SHARED void bell(const Real* z, Real* out) {
+  for (int i = 0; i < kLanes; ++i) {
+    const Real small = exponential(z[i] < Real(0) ? z[i] : -z[i]);
+    out[i] = small / ((Real(1) + small) * (Real(1) + small));
+  }
+}
+
+template <typename Real>
+ACGKD_SHARED uint64_t absent(const Real* u, const Real* bell, Real rate) {
+  uint8_t flags[kLanes];
+  for (int i = 0; i < kLanes; ++i) flags[i] = u[i] < rate * Real(4) * bell[i];
+  return pack(flags);
+}
+
+}  // namespace
+
+ACGKD_CLONES void words_block(const Address& address, uint32_t counter, uint32_t* words) {
+  constexpr int kCounters = kLanes / 4;
+  uint32_t out[4][kCounters];
+  for (int i = 0; i < kCounters; ++i) {
+    uint32_t c0 = counter + i, c1 = address.graph, c2 = address.step, c3 = address.stream;
+    philox(c0, c1, c2, c3, address.key);
+    out[0][i] = c0, out[1][i] = c1, out[2][i] = c2, out[3][i] = c3;
+  }
+  for (int i = 0; i < kCounters; ++i) {
+    for (int lane = 0; lane < 4; ++lane) words[4 * i + lane] = out[lane][i];
+  }
+}
+
+ACGKD_CLONES void words_scattered(const Address& address, const uint32_t* counters, const uint32_t* lanes,
+                                  const uint32_t* graphs, uint32_t* words) {
+  for (int i = 0; i < kLanes; ++i) {
+    uint32_t c0 = counters[i], c1 = graphs[i], c2 = address.step, c3 = address.stream;
+    philox(c0, c1, c2, c3, address.key);
+    const uint32_t even = lanes[i] & 2 ? c2 : c0, odd = lanes[i] & 2 ? c3 : c1;
+    words[i] = lanes[i] & 1 ? odd : even;
+  }
+}
+
+// target_clones does not reach templates, hence one overload per type.
+#define ACGKD_FOR_TYPE(Real)                                                                                 \
+  template <>                                                                                                \
+  ACGKD_CLONES void uniforms_block<Real>(const uint32_t* words, bool mirrored, Real* u) {                    \
+    uniforms(words, mirrored, u);                                                                            \
+  }                                                                                                          \
+  template <>                                                                                                \
+  ACGKD_CLONES uint64_t drawn_block<Real>(const Real* theta, const Real* u, int64_t noise) {                 \
+    return drawn(theta, u, noise);                                                                           \
+  }                                                                                                          \
+  template <>                                                                                                \
+  ACGKD_CLONES void scaled_block<Real>(const Real* theta, const Real* u, int64_t noise, Real t, Real* z) {   \
+    scaled(theta, u, noise, t, z);                                                                           \
+  }                                                                                                          \
+  template <>                                                                                                \
+  ACGKD_CLONES void soft_block<Real>(const Real* z, Real* out) {                                             \
+    soft(z, out);                                                                                            \
+  }                                                                                                          \
+  template <>                                                                                                \
+  ACGKD_CLONES void bell_block<Real>(const Real* z, Real* out) {                                             \
+    bell(z, out);                                                                                            \
+  }                                                                                                          \
+  template <>                                                                                                \
+  ACGKD_CLONES uint64_t absent_block<Real>(const Real* u, const Real* bell, Real rate) {                     \
+    return absent(u, bell, rate);                                                                            \
+  }
+
+ACGKD_FOR_TYPE(float)
+ACGKD_FOR_TYPE(double)
+
+}  // namespace acgkd

@@ -1,0 +1,107 @@
+#include "cpu/sample.h"
+
+#include <algorithm>
+
+namespace acgkd {
+namespace {
+
+// Large enough to outweigh starting a thread, small enough to balance the load; a multiple of kLanes.
+constexpr int64_t kChunkPairs = 1 << 14;
+
+template <typename Real>
+void split(const Layouts& layouts, Drawn<Real>& drawn) {
+  int64_t filled = 0, chunk = 0;
+  for (int64_t g = 0; g < layouts.num_graphs; ++g) {
+    drawn.piece_ptr.push_back(static_cast<int64_t>(drawn.pieces.size()));
+    const int64_t pairs = layouts[g].num_pairs;
+    for (int64_t begin = 0; begin < pairs; begin += kChunkPairs) {
+      const int64_t end = std::min(pairs, begin + kChunkPairs);
+      drawn.pieces.push_back({g, begin, end, chunk});
+      filled += end - begin;
+      if (filled >= kChunkPairs) filled = 0, ++chunk;
+    }
+  }
+  drawn.piece_ptr.push_back(static_cast<int64_t>(drawn.pieces.size()));
+  drawn.chunks.resize(chunk + (filled > 0));
+}
+
+template <typename Real>
+struct Lanes {
+  alignas(64) Real theta[kLanes], u[kLanes], z[kLanes], value[kLanes];
+};
+
+// Mask of the pairs to keep; fills lanes.value for estimators whose value is not always 1.
+template <typename Real>
+uint64_t decide(const Draw& draw, const Address& address, uint32_t counter, Lanes<Real>& lanes) {
+  uint32_t words[kLanes];
+  words_block(address, counter, words);
+  uniforms_block(words, draw.estimator == kArmMirrored, lanes.u);
+  if (draw.hard()) return drawn_block(lanes.theta, lanes.u, draw.noise);
+
+  scaled_block(lanes.theta, lanes.u, draw.noise, static_cast<Real>(draw.temperature), lanes.z);
+  if (draw.estimator == kSparseStraightThrough) {
+    const uint64_t drawn = drawn_block(lanes.theta, lanes.u, draw.noise);
+    bell_block(lanes.z, lanes.value);
+    Address absent = address;
+    absent.stream = kAbsentStream;
+    words_block(absent, counter, words);
+    uniforms_block(words, false, lanes.u);
+    const uint64_t sampled = absent_block(lanes.u, lanes.value, static_cast<Real>(draw.absent_rate));
+    for (int i = 0; i < kLanes; ++i) lanes.value[i] = static_cast<Real>(drawn >> i & 1);
+    return drawn | sampled;
+  }
+  soft_block(lanes.z, lanes.value);
+  if (draw.estimator == kRelaxed) return ~uint64_t(0);
+
+  const Real gamma = static_cast<Real>(draw.gamma), zeta = static_cast<Real>(draw.zeta);
+  uint64_t kept = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    const Real stretched = lanes.value[i] * (zeta - gamma) + gamma;
+    lanes.value[i] = stretched > Real(1) ? Real(1) : stretched;
+    kept |= static_cast<uint64_t>(stretched > Real(0)) << i;
+  }
+  return kept;
+}
+
+}  // namespace
+
+template <typename Stored>
+Drawn<WideOf<Stored>> draw_pairs(const Stored* logits, const Layouts& layouts, const Draw& draw) {
+  using Real = WideOf<Stored>;
+  Drawn<Real> drawn;
+  split(layouts, drawn);
+
+  const auto draw_piece = [&](Piece& piece) {
+    const GraphLayout graph = layouts[piece.graph];
+    Hits<Real>& hits = drawn.chunks[piece.chunk];
+    Address address = draw.address;
+    address.graph = graph.id;
+    Lanes<Real> lanes;
+    piece.hits_begin = hits.size();
+    for (int64_t first = piece.begin; first < piece.end; first += kLanes) {
+      const int count = static_cast<int>(std::min<int64_t>(kLanes, piece.end - first));
+      const Stored* theta = logits + graph.first_pair + first;
+      for (int i = 0; i < count; ++i) lanes.theta[i] = static_cast<Real>(theta[i]);
+      std::fill(lanes.theta + count, lanes.theta + kLanes, Real(0));
+      uint64_t mask = decide(draw, address, static_cast<uint32_t>(first / 4), lanes);
+      if (count < kLanes) mask &= (uint64_t(1) << count) - 1;
+      hits.append(first, mask, draw.hard() ? nullptr : lanes.value);
+    }
+    piece.hits_end = hits.size();
+  };
+
+  // A chunk belongs to one thread, which meets its pieces in order.
+  const auto by_chunk = [](const Piece& piece, int64_t chunk) { return piece.chunk < chunk; };
+  torch::stable::parallel_for(0, static_cast<int64_t>(drawn.chunks.size()), 1, [&](int64_t begin, int64_t end) {
+    const auto first = std::lower_bound(drawn.pieces.begin(), drawn.pieces.end(), begin, by_chunk);
+    const auto last = std::lower_bound(first, drawn.pieces.end(), end, by_chunk);
+    std::for_each(first, last, draw_piece);
+  });
+  return drawn;
+}
+
+template Drawn<float> draw_pairs<float>(const float*, const Layouts&, const Draw&);
+template Drawn<double> draw_pairs<double>(const double*, const Layouts&, const Draw&);
+template Drawn<float> draw_pairs<BFloat16>(const BFloat16*, const Layouts&, const Draw&);
+
+}  // namespace acgkd

@@ -1,0 +1,1 @@
+"""Triton kernels; installed as ``acgkd_fast.kernels``."""
