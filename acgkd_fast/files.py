@@ -51,6 +51,18 @@ def write_text(path: str | Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def existing_file(path: str | Path, expected: str) -> Path:
+    """The path, if a file is there.
+
+    Raises:
+        DataError: nothing or a folder is there; `expected` says what the file should be.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: expected {expected}, got {'a folder' if path.is_dir() else 'no file'}")
+    return path
+
+
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any]) -> None:
     """Write tensors and JSON metadata as one safetensors file, atomically.
 
@@ -78,9 +90,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
     Raises:
         DataError: the file is missing, damaged, or not one of this package.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: expected a safetensors file, got {'a folder' if path.is_dir() else 'no file'}")
+    path = existing_file(path, "a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -133,7 +133,7 @@ class GraphBatch:
         """
         Batch = _pyg_data("from_pyg").Batch
         check(isinstance(graphs, Batch) or len(graphs) > 0, "graphs", "at least one", graphs)
-        batch: Any = graphs if isinstance(graphs, Batch) else Batch.from_data_list(list(graphs))
+        batch: Any = graphs if isinstance(graphs, Batch) else Batch.from_data_list(list(cast("Sequence[Data]", graphs)))
         if batch.x is None:
             raise InputError("graphs: expected node features x on every graph, got none (add degree features first)")
         edges = EdgeSample.from_edge_index(batch.edge_index, batch.ptr, batch.get("edge_weight"))

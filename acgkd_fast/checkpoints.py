@@ -1,0 +1,262 @@
+"""Models and graphs in safetensors files, and the teachers that GFKD published."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import __version__
+from .errors import DataError, InputError
+from .files import existing_file, load_tensors, save_tensors
+from .graphs import EdgeSample, GraphBatch
+from .nn.models import GraphClassifier, build_model, parse_arch
+
+_MODEL, _GRAPHS = "model", "graphs"
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16)
+_GRAPH_TENSORS = {
+    "x": (2, _FLOATS),
+    "rowptr": (1, (torch.int32,)),
+    "col": (1, (torch.int32,)),
+    "value": (1, _FLOATS),
+    "ptr": (1, (torch.int64,)),
+}
+
+
+def save_model(path: str | Path, model: GraphClassifier, extra: dict[str, Any] | None = None) -> None:
+    """Write a model with all that is needed to build it again.
+
+    Args:
+        path: the file; replaced atomically.
+        model: a graph classifier of this package.
+        extra: JSON-able facts to keep beside it, such as ``feature_kind`` or the training settings.
+
+    Raises:
+        InputError: another kind of module, or a key of `extra` that the format uses itself.
+        DataError: the file cannot be written.
+    """
+    if not isinstance(model, GraphClassifier):
+        raise InputError(
+            f"model: expected a GraphClassifier, got {type(model).__name__} (torch.save keeps modules of other classes)"
+        )
+    description = {
+        "arch": model.arch,
+        "num_features": model.num_features,
+        "num_classes": model.num_classes,
+        "readout": model.readout,
+        "dropout": model.dropout.p,
+    }
+    save_tensors(path, model.state_dict(), _metadata(_MODEL, description, extra))
+
+
+def load_model(path: str | Path) -> tuple[GraphClassifier, dict[str, Any]]:
+    """Read what :func:`save_model` wrote.
+
+    Returns:
+        The model in eval mode on the CPU, and the metadata: ``arch``, ``num_features``,
+        ``num_classes``, ``readout``, ``dropout``, ``versions`` and everything given as `extra`.
+
+    Raises:
+        DataError: no file, not a model, or tensors that do not fit or are not finite; it names them.
+    """
+    tensors, metadata = _load(path, _MODEL)
+    try:
+        names = ("arch", "num_features", "num_classes")
+        options = {name: metadata[name] for name in ("readout", "dropout")}
+        model = build_model(*(metadata[name] for name in names), **options)
+    except (KeyError, TypeError, InputError) as error:
+        raise DataError(f"{path}: expected the description of a model, got a damaged one ({error})") from error
+    _fill(path, model, tensors)
+    return model.eval(), metadata
+
+
+def save_graphs(path: str | Path, graphs: GraphBatch, extra: dict[str, Any] | None = None) -> None:
+    """Write graphs, edge weights and labels, without the logits that they were drawn from.
+
+    Args:
+        path: the file; replaced atomically.
+        graphs: the graphs.
+        extra: JSON-able facts to keep beside them.
+
+    Raises:
+        InputError: a key of `extra` that the format uses itself.
+        DataError: the file cannot be written.
+    """
+    edges, count = graphs.edges, graphs.edges.num_edges
+    tensors = {
+        "x": graphs.x,
+        "rowptr": edges.rowptr,
+        "col": edges.col[:count],
+        "value": edges.value[:count],
+        "ptr": edges.ptr,
+    }
+    if graphs.y is not None:
+        tensors["y"] = graphs.y
+    save_tensors(path, tensors, _metadata(_GRAPHS, {"symmetric": edges.symmetric}, extra))
+
+
+def load_graphs(path: str | Path) -> tuple[GraphBatch, dict[str, Any]]:
+    """Read what :func:`save_graphs` wrote.
+
+    Returns:
+        The graphs on the CPU and the metadata: ``versions`` and everything given as `extra`.
+
+    Raises:
+        DataError: no file, no graphs in it, or tensors that make no graphs.
+    """
+    tensors, metadata = _load(path, _GRAPHS)
+    for name, (dims, dtypes) in _GRAPH_TENSORS.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.dim() != dims or tensor.dtype not in dtypes:
+            raise DataError(
+                f"{path}: expected tensor {name} of {dtypes[0]} and {dims} dimensions, got {_shape(tensor)}"
+            )
+    x, rowptr, col, value, ptr = (tensors[name] for name in _GRAPH_TENSORS)
+    for name, offsets, total in (("rowptr", rowptr, col.numel()), ("ptr", ptr, rowptr.numel() - 1)):
+        ascending = offsets.numel() > 0 and int(offsets[0]) == 0 and bool((offsets[1:] >= offsets[:-1]).all())
+        if not ascending or int(offsets[-1]) != total:
+            raise DataError(f"{path}: expected {name} to ascend from 0 to {total}, got other offsets")
+    edges = EdgeSample(rowptr, col, value, ptr, bool(metadata.get("symmetric", False)))
+    try:
+        graphs = GraphBatch(x, edges, tensors.get("y"))
+        first, last = (ptr[graphs.batch() + shift] for shift in (0, 1))
+    except InputError as error:
+        raise DataError(f"{path}: expected tensors of one batch of graphs, got others ({error})") from error
+    row = edges.row()
+    if value.numel() != col.numel() or not bool(((col >= first[row]) & (col < last[row])).all()):
+        raise DataError(f"{path}: expected edges with a value and both ends in one graph, got others")
+    for name in ("x", "value"):
+        _check_finite(path, name, tensors[name])
+    return graphs, metadata
+
+
+def load_gfkd_checkpoint(path: str | Path, arch: str) -> tuple[GraphClassifier, dict[str, Any]]:
+    """Read a teacher or student of the public GFKD code (a legacy or zip file of ``torch.save``).
+
+    Args:
+        path: a state dict, or a dictionary that holds one under ``model``.
+        arch: what the file holds, such as "gcn5-64".
+
+    Returns:
+        The model in eval mode on the CPU, and the other plain values of the file, such as ``epoch``
+        and ``accuracy``.
+
+    Raises:
+        InputError: an unknown architecture.
+        DataError: no file, not a checkpoint, another architecture, or tensors that do not fit or
+            are not finite; it names them.
+
+    Format: :data:`_GFKD_NAMES`; GCN weights are stored input by output.
+    """
+    kind, _, width = parse_arch(arch)
+    holder = _load_pickle(path)
+    state = holder.get("model", holder)
+    if not isinstance(state, Mapping) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise DataError(f"{path}: expected a state dict (or one under 'model'), got {type(state).__name__}")
+    tensors = {}
+    for name, tensor in state.items():
+        if isinstance(tensor, torch.Tensor):
+            ours = _own_name(name)
+            tensors[ours] = tensor.t() if ours.endswith("conv.lin.weight") and tensor.dim() == 2 else tensor
+    entry = tensors.get("blocks.0.conv.lin.weight" if kind == "gcn" else "blocks.0.conv.nn.0.weight")
+    classifier = tensors.get("classifier.weight")
+    if entry is None or classifier is None or entry.dim() != 2 or classifier.dim() != 2:
+        raise DataError(f"{path}: expected the tensors of a {arch} of GFKD, got {', '.join(list(state)[:4])}, ...")
+    if entry.shape[0] != width:
+        raise DataError(f"{path}: expected width {width} ({arch}), got width {entry.shape[0]}")
+    model = build_model(arch, entry.shape[1], classifier.shape[0])
+    _fill(path, model, tensors)
+    facts = {
+        name: value.item() if isinstance(value, np.generic) else value
+        for name, value in holder.items()
+        if isinstance(value, (int, float, str, np.generic))
+    }
+    return model.eval(), facts
+
+
+_GFKD_NAMES = (
+    (r"gcnlayers\.(\d+)\.weight", r"blocks.\1.conv.lin.weight"),
+    (r"gcnlayers\.(\d+)\.bias", r"blocks.\1.conv.bias"),
+    (r"norms\.(\d+)\.", r"blocks.\1.norm."),
+    (r"ginlayers\.(\d+)\.eps", r"blocks.\1.conv.eps"),
+    (r"ginlayers\.(\d+)\.apply_func\.mlp\.linears\.0\.", r"blocks.\1.conv.nn.0."),
+    (r"ginlayers\.(\d+)\.apply_func\.mlp\.(?:norm_list|batch_norms)\.0\.", r"blocks.\1.conv.nn.1."),
+    (r"ginlayers\.(\d+)\.apply_func\.mlp\.linears\.1\.", r"blocks.\1.conv.nn.3."),
+    (r"ginlayers\.(\d+)\.apply_func\.(?:norm|bn)\.", r"blocks.\1.norm."),
+    (r"linears_prediction\.", r"classifier."),
+)
+
+
+def _own_name(name: str) -> str:
+    for pattern, replacement in _GFKD_NAMES:
+        renamed, hits = re.subn(rf"^(?:module\.)?{pattern}", replacement, name)
+        if hits:
+            return renamed
+    return name
+
+
+def _load_pickle(path: str | Path) -> Mapping[str, Any]:
+    path = existing_file(path, "a checkpoint of torch.save")
+    # An accuracy is often saved as a numpy number, which is harmless but not among torch's safe types.
+    scalar: Any = np.float64(0).__reduce__()[0]
+    numbers: list[Any] = [np.dtype, *(type(np.dtype(code)) for code in "fdilq")]
+    numbers += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    try:
+        with torch.serialization.safe_globals(numbers):
+            holder = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).split("\n", 1)[0][:200]
+        raise DataError(
+            f"{path}: expected a checkpoint of torch.save with plain tensors, got one that does not read ({reason})"
+        ) from error
+    if not isinstance(holder, Mapping):
+        raise DataError(f"{path}: expected a dictionary of tensors, got {type(holder).__name__}")
+    return holder
+
+
+def _metadata(kind: str, description: dict[str, Any], extra: dict[str, Any] | None) -> dict[str, Any]:
+    versions = {"acgkd-fast": __version__, "torch": torch.__version__}
+    metadata = {"kind": kind, **description, "versions": versions}
+    taken = sorted(set(metadata) & set(extra or {}))
+    if taken:
+        raise InputError(f"extra: expected other keys than {', '.join(metadata)}, got {', '.join(taken)}")
+    return {**metadata, **(extra or {})}
+
+
+def _load(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    tensors, metadata = load_tensors(path)
+    if metadata.get("kind") != kind:
+        raise DataError(f"{path}: expected a file of kind '{kind}', got kind {metadata.get('kind')!r}")
+    return tensors, metadata
+
+
+def _fill(path: str | Path, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Load tensors into a model, naming the first that is missing, too many, misshapen or not finite."""
+    expected = model.state_dict()
+    for name, ours in expected.items():
+        if name not in tensors and name.endswith("num_batches_tracked"):
+            continue  # files older than torch 0.4.1 have no such counter, and eval mode does not read it
+        if name not in tensors or tensors[name].shape != ours.shape:
+            raise DataError(
+                f"{path}: expected tensor {name} of shape {tuple(ours.shape)}, got {_shape(tensors.get(name))}"
+            )
+        _check_finite(path, name, tensors[name])
+    unknown = sorted(set(tensors) - set(expected))
+    if unknown:
+        raise DataError(f"{path}: expected only tensors of {type(model).__name__}, got {', '.join(unknown[:4])} too")
+    model.load_state_dict({**expected, **tensors})
+
+
+def _check_finite(path: str | Path, name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise DataError(f"{path}: expected finite numbers in tensor {name}, got NaN or infinity")
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "none" if tensor is None else f"shape {tuple(tensor.shape)} of {tensor.dtype}"
