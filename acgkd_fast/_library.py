@@ -18,7 +18,7 @@ from . import _native
 
 NAMESPACE = "acgkd_fast"
 _library = torch.library.Library(NAMESPACE, "DEF")
-_names: list[str] = []
+_references: dict[str, Callable[..., Any]] = {}
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> str:
@@ -44,7 +44,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
 
     _library.impl(name, run_reference, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake)
-    _names.append(name)
+    _references[name] = reference
     return qualified
 
 
@@ -68,7 +68,12 @@ def backend(name: str, device: torch.device | str) -> str:
 
 def operators() -> list[str]:
     """Names of all operators declared so far."""
-    return list(_names)
+    return list(_references)
+
+
+def reference(name: str) -> Callable[..., Any]:
+    """The plain-torch implementation of an operator, the oracle of its other kernels."""
+    return _references[name]
 
 
 _native.load()

@@ -220,7 +220,7 @@ class PairLayout:
 
     def graph_of_pair(self, pair: torch.Tensor) -> torch.Tensor:
         """int64: the position in the batch of the graph that owns each pair number."""
-        return torch.searchsorted(self.pair_ptr, pair, right=True) - 1
+        return torch.searchsorted(self.pair_ptr, pair.contiguous(), right=True) - 1
 
     def pair_nodes(self, pair: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Node pair of each pair number, as node numbers of the whole batch.
@@ -256,7 +256,7 @@ class PairLayout:
         Args:
             row, col: int64 node numbers of the whole batch, same shape.
         """
-        graph = torch.searchsorted(self.node_ptr, row, right=True) - 1
+        graph = torch.searchsorted(self.node_ptr, row.contiguous(), right=True) - 1
         first = self.node_ptr[graph]
         n = self.node_ptr[graph + 1] - first
         low = torch.minimum(row, col) - first
