@@ -1,0 +1,105 @@
+"""All settings of a distillation run, and their JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, InputError, check
+from ..pseudo_graphs import GraphPrior
+from .inversion import LearnSettings
+from .refine import RefineSettings
+from .student import StudentSettings
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of one run; defaults were chosen by measurement (``docs/results.md``).
+
+    Attributes:
+        num_graphs: pseudo-graphs in the pool.
+        seed: seed of everything random in the run.
+        xi: spatial complexity parameter of the learning stage, in (0, 1].
+        prior: what is assumed about the teacher's graphs.
+        learn: the gradient stage; ``steps = 0`` leaves it out.
+        refine: the search over hard graphs; ``steps = 0`` leaves it out.
+        student: training of the student.
+    """
+
+    num_graphs: int = 400
+    seed: int = 0
+    xi: float = 1.0
+    prior: GraphPrior = field(default_factory=GraphPrior)
+    learn: LearnSettings = field(default_factory=lambda: LearnSettings(steps=0))
+    refine: RefineSettings = field(default_factory=RefineSettings)
+    student: StudentSettings = field(default_factory=StudentSettings)
+
+    def __post_init__(self) -> None:
+        check(self.num_graphs >= 1, "num_graphs", "at least 1", self.num_graphs)
+        check(0.0 < self.xi <= 1.0, "xi", "a number in (0, 1]", self.xi)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """Build from nested dictionaries; missing settings keep their defaults.
+
+        Raises:
+            InputError: an unknown setting, or a value outside its range.
+        """
+        return _build(cls, values, "config")
+
+    @classmethod
+    def from_file(cls, path: Path) -> RunConfig:
+        """Read a JSON file: the settings alone, or the ``config.json`` of an earlier run.
+
+        Raises:
+            DataError: a missing file or one that is no JSON object.
+        """
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise DataError(f"config: expected a JSON file, got no file at {path}") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"config: expected JSON, got {path} ({error})") from error
+        if not isinstance(values, dict):
+            raise DataError(f"config: expected a JSON object, got {type(values).__name__} in {path}")
+        return cls.from_dict(values.get("settings", values))
+
+    def with_settings(self, changes: dict[str, Any]) -> RunConfig:
+        """A copy with some settings changed, named by dotted path, such as ``{"refine.steps": 1000}``."""
+        values = self.to_dict()
+        for path, value in changes.items():
+            *folders, last = path.split(".")
+            target = values
+            for name in folders:
+                target = target[name]
+            target[last] = value
+        return self.from_dict(values)
+
+
+def _build(cls: type[Any], values: dict[str, Any], where: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise InputError(f"{where}: expected settings among {', '.join(fields)}, got {', '.join(unknown)}")
+    arguments = {}
+    for name, value in values.items():
+        nested = _NESTED.get(name)
+        arguments[name] = _build(nested, value, f"{where}.{name}") if nested and isinstance(value, dict) else value
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise InputError(f"{where}: expected numbers and names of the documented types, got {values} ({error})") from error
+
+
+_NESTED: dict[str, type[Any]] = {
+    "prior": GraphPrior,
+    "learn": LearnSettings,
+    "refine": RefineSettings,
+    "student": StudentSettings,
+}

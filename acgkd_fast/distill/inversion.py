@@ -1,0 +1,216 @@
+"""Learn: pseudo-graphs by gradient through Binary Concrete edges.
+
+One step draws edges, runs the frozen teacher, adds the terms
+
+    CE(T(A, X), y) + c_bn R_bn + c_oh H(X) + c_degree (ln degree / target)^2
+
+and lets Adam move logits and features together. GFKD (arXiv 2105.07519) takes two separate steps and
+forward passes only for the structure; the path through the edges is ACGKD's idea (arXiv 2504.00540).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..edges.api import arm_gradient
+from ..edges.estimators import ESTIMATORS
+from ..errors import InputError, check, check_choice
+from ..graphs import GraphBatch
+from ..pseudo_graphs import PseudoGraphs
+from ..teachers import Teacher, as_teacher
+from .objectives import BN_TERMS, batch_norm_term, degree_term, one_hot_entropy
+from .statistics import BatchNormProbe
+
+Progress = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class LearnSettings:
+    """Settings of the learning stage.
+
+    Attributes:
+        steps: optimiser steps.
+        lr_structure, lr_features: Adam's step sizes; both fall tenfold every `lr_decay_steps`.
+        estimator: any of `sample_edges`; "arm" moves the structure by forward passes alone.
+        temperature, final_temperature: Binary Concrete temperature, geometric from first to last.
+        c_bn, bn_term: weight and kind of the BatchNorm term.
+        c_oh: weight of the one-hot entropy.
+        c_degree, target_degree: weight and target of the expected degree; target None switches it off.
+    """
+
+    steps: int = 400
+    lr_structure: float = 0.1
+    lr_features: float = 0.01
+    lr_decay_steps: int = 700
+    estimator: str = "sparse_straight_through"
+    temperature: float = 1.0
+    final_temperature: float = 1.0
+    c_bn: float = 0.1
+    bn_term: str = "norm"
+    c_oh: float = 0.01
+    c_degree: float = 1.0
+    target_degree: float | None = 2.05
+
+    def __post_init__(self) -> None:
+        check(self.steps >= 0, "steps", "0 or more", self.steps)
+        check(self.lr_structure > 0 and self.lr_features > 0, "lr", "step sizes above 0", (self.lr_structure, self.lr_features))
+        check_choice("estimator", self.estimator, ESTIMATORS)
+        for name in ("temperature", "final_temperature"):
+            check(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
+        check_choice("bn_term", self.bn_term, BN_TERMS)
+        check(self.target_degree is None or self.target_degree > 0, "target_degree", "None or above 0", self.target_degree)
+
+    def temperature_at(self, step: int) -> float:
+        share = step / max(self.steps - 1, 1)
+        return float(self.temperature * (self.final_temperature / self.temperature) ** share)
+
+
+class Learner:
+    """The learning stage as an object that can be stepped, saved and resumed.
+
+    Args:
+        teacher: a Teacher or any module that `as_teacher` accepts.
+        pseudo_graphs: what is learned, in place.
+        settings: see :class:`LearnSettings`.
+        seed: key of the edge noise; step t uses counter word t.
+
+    Raises:
+        InputError: widths or labels that do not fit the teacher, or a teacher that takes no edge weights
+            with an estimator that needs a gradient through the edges.
+    """
+
+    def __init__(
+        self, teacher: Teacher | torch.nn.Module, pseudo_graphs: PseudoGraphs, settings: LearnSettings, *, seed: int = 0
+    ) -> None:
+        self.teacher = as_teacher(teacher)
+        self.pseudo_graphs = pseudo_graphs
+        self.settings = settings
+        self.seed = seed
+        self.step = 0
+        width, classes = pseudo_graphs.features.shape[1], self.teacher.num_classes
+        check(width == self.teacher.num_features, "features", f"width {self.teacher.num_features} (the teacher's)", width)
+        labels = pseudo_graphs.y
+        known = labels.numel() == 0 or 0 <= int(labels.min()) <= int(labels.max()) < classes
+        check(known, "y", f"labels in 0..{classes - 1}", labels.tolist())
+        if settings.estimator != "arm" and not self.teacher.accepts_edge_weight:
+            raise InputError(
+                "teacher: expected a module that takes edge weights (learning needs a gradient through the edges), got "
+                f"{type(self.teacher.module).__name__}; use refinement, which needs none, or estimator 'arm'"
+            )
+        groups = [{"params": [pseudo_graphs.logits], "lr": settings.lr_structure}]
+        if isinstance(pseudo_graphs.features, torch.nn.Parameter):
+            groups.append({"params": [pseudo_graphs.features], "lr": settings.lr_features})
+        self.optimizer = torch.optim.Adam(groups)
+        self._base_lr = [group["lr"] for group in groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that another process needs to go on from here, bit for bit."""
+        return {
+            "step": self.step,
+            "pseudo_graphs": self.pseudo_graphs.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.pseudo_graphs.load_state_dict(state["pseudo_graphs"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = int(state["step"])
+
+    def advance(self) -> dict[str, torch.Tensor]:
+        """One optimiser step; returns the detached terms of its loss as tensors (no host read)."""
+        settings = self.settings
+        decay = 0.1 ** (self.step // settings.lr_decay_steps)
+        for group, lr in zip(self.optimizer.param_groups, self._base_lr, strict=True):
+            group["lr"] = lr * decay
+        self.optimizer.zero_grad(set_to_none=True)
+        terms = self._structure_by_arm() if settings.estimator == "arm" else self._joint_backward()
+        self.optimizer.step()
+        self.step += 1
+        return terms
+
+    def _joint_backward(self) -> dict[str, torch.Tensor]:
+        graphs = self.pseudo_graphs(
+            seed=self.seed,
+            step=self.step,
+            temperature=self.settings.temperature_at(self.step),
+            estimator=self.settings.estimator,
+        )
+        per_graph, bn = self._teacher_losses(graphs)
+        terms = {"cross_entropy": per_graph.mean(), "batch_norm": bn, **self._regularisers(graphs.x)}
+        loss = terms["cross_entropy"] + self._weighted(terms)
+        loss.backward()
+        return {name: term.detach() for name, term in {**terms, "loss": loss}.items()}
+
+    def _structure_by_arm(self) -> dict[str, torch.Tensor]:
+        """GFKD's step: features by gradient on the first draw, structure by the ARM pair."""
+        pseudo = self.pseudo_graphs
+        with torch.no_grad():
+            sample = pseudo.sample(seed=self.seed, step=self.step, estimator="arm")
+        assert sample.antithetic is not None
+        x = pseudo.soft_features()
+        per_graph, bn = self._teacher_losses(GraphBatch(x, sample, pseudo.y))
+        terms = {"cross_entropy": per_graph.mean(), "batch_norm": bn, **self._regularisers(x)}
+        loss = terms["cross_entropy"] + self._weighted(terms)
+        loss.backward()
+        with torch.no_grad():
+            other, other_bn = self._teacher_losses(GraphBatch(x, sample.antithetic, pseudo.y))
+            c_bn = self.settings.c_bn
+            gradient = arm_gradient(sample, per_graph + c_bn * bn, other + c_bn * other_bn) / pseudo.layout.num_graphs
+            # The degree term's own gradient is already there.
+            pseudo.logits.grad = gradient if pseudo.logits.grad is None else pseudo.logits.grad + gradient
+        return {name: term.detach() for name, term in {**terms, "loss": loss}.items()}
+
+    def _teacher_losses(self, graphs: GraphBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        with BatchNormProbe(self.teacher.module) as probe:
+            logits = self.teacher(graphs)
+        per_graph = torch.nn.functional.cross_entropy(logits, self.pseudo_graphs.y, reduction="none")
+        return per_graph, batch_norm_term(probe, self.settings.bn_term)
+
+    def _regularisers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        terms = {}
+        if self.pseudo_graphs.feature_kind in ("one-hot", "degree") and self.settings.c_oh > 0:
+            terms["entropy"] = one_hot_entropy(x)
+        if self.settings.target_degree is not None and self.settings.c_degree > 0:
+            terms["degree"] = degree_term(self.pseudo_graphs.expected_degree(), self.settings.target_degree)
+        return terms
+
+    def _weighted(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:
+        weights = {"batch_norm": self.settings.c_bn, "entropy": self.settings.c_oh, "degree": self.settings.c_degree}
+        return torch.stack([weights[name] * term for name, term in terms.items() if name in weights]).sum()
+
+
+def learn(
+    teacher: Teacher | torch.nn.Module,
+    pseudo_graphs: PseudoGraphs,
+    settings: LearnSettings | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    report_every: int = 10,
+) -> PseudoGraphs:
+    """Learn pseudo-graphs that the teacher finds convincing, in place.
+
+    Args:
+        teacher: a Teacher or any module that `as_teacher` accepts; stays frozen.
+        pseudo_graphs: the start, changed in place and returned.
+        settings: see :class:`LearnSettings`.
+        seed: key of the edge noise.
+        progress: called with (step, loss terms) every `report_every` steps and after the last.
+        report_every: how often; every report reads the device.
+
+    Raises:
+        InputError: see :class:`Learner`.
+
+    A low loss is not the goal: read K of the hardened graphs, and compare students with those
+    taught by random graphs.
+    """
+    learner = Learner(teacher, pseudo_graphs, settings or LearnSettings(), seed=seed)
+    while learner.step < learner.settings.steps:
+        terms = learner.advance()
+        if progress is not None and (learner.step % report_every == 0 or learner.step == learner.settings.steps):
+            progress(learner.step, {name: float(term) for name, term in terms.items()})
+    return pseudo_graphs

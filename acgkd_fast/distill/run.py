@@ -1,0 +1,254 @@
+"""A distillation run in a folder: learn, refine, teach, measure, report; interruptible and resumable.
+
+Every stage leaves its product in the folder by an atomic write, and a stage whose product is there
+is not run again. Inside the long stages the state is saved every few seconds. A resumed run ends
+with the same files as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import __version__
+from ..checkpoints import load_graphs, load_model, save_graphs, save_model
+from ..errors import InputError, check
+from ..files import load_state, save_state, write_text
+from ..graphs import GraphBatch
+from ..pseudo_graphs import PseudoGraphs
+from ..report import write_report
+from ..teachers import Teacher, as_teacher, evaluate
+from .config import RunConfig
+from .inversion import Learner
+from .metrics import MetricsLog
+from .pool import random_pool, start_graphs
+from .refine import Refiner
+from .student import distill_student
+
+_SAVE_SECONDS = 20.0
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Real graphs that a run is measured on, after everything has been decided.
+
+    Attributes:
+        name: of the data set.
+        test: held-out graphs with labels.
+        train: the graphs the teacher learned from, for the row "student on real graphs"; None
+            leaves that row out.
+    """
+
+    name: str
+    test: GraphBatch
+    train: GraphBatch | None = None
+
+
+class Run:
+    """One run folder.
+
+    Args:
+        folder: made when missing; must be empty unless `resume`.
+        teacher: the trained model.
+        config: all settings.
+        student: architecture of the student, by name.
+        teacher_name: what ``config.json`` says about the teacher.
+        resume: go on with what an interrupted run left in the folder.
+        progress: called with (stage, step, of how many, values).
+
+    Raises:
+        InputError: a folder in use, nothing to resume, or a folder whose settings differ.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        teacher: Teacher | nn.Module,
+        config: RunConfig,
+        *,
+        student: str = "gcn3-32",
+        teacher_name: str = "",
+        resume: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self.folder = folder
+        self.teacher = as_teacher(teacher)
+        self.config = config
+        self.student = student
+        self._progress = progress or (lambda *_: None)
+        self.description = {
+            "teacher": teacher_name,
+            "student": student,
+            "settings": config.to_dict(),
+            "versions": {
+                "acgkd-fast": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        self._open(resume)
+        self.metrics = MetricsLog(folder / "metrics.jsonl")
+
+    def _open(self, resume: bool) -> None:
+        record = self.folder / "config.json"
+        if resume:
+            if not record.exists():
+                raise InputError(f"resume: expected an interrupted run in {self.folder}, got no config.json there")
+            earlier = json.loads(record.read_text())
+            same = all(earlier.get(key) == self.description[key] for key in ("student", "settings"))
+            if not same:
+                raise InputError(f"resume: expected the settings that {record} records, got different ones")
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise InputError(f"out: expected an empty or new folder (or --resume), got {self.folder} with files in it")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(record, json.dumps(self.description, indent=2) + "\n")
+        self._state.mkdir(exist_ok=True)
+
+    @property
+    def _state(self) -> Path:
+        return self.folder / "state"
+
+    def execute(self, evaluation: Evaluation | None = None, *, students: int = 1) -> list[dict[str, Any]]:
+        """Run whatever is not done yet and write the report.
+
+        Args:
+            evaluation: real graphs to measure on, once everything is decided.
+            students: trained per row of the table, with seeds counting up from the run's; the first
+                one is saved as ``student.safetensors``.
+
+        Returns:
+            The rows of the table, empty without `evaluation`: ``row``, ``accuracy`` (mean over
+            seeds), ``deviation``, ``seeds``.
+        """
+        check(students >= 1, "students", "at least 1", students)
+        graphs = self.make_graphs()
+        seeds = [self.config.seed + k for k in range(students)]
+        taught = [self.teach("student", self._pool(graphs), seed) for seed in seeds]
+        save_model(self.folder / "student.safetensors", taught[0], {"teacher": self.description["teacher"]})
+        self.metrics.rewind("result", -1)
+        results = [] if evaluation is None else self._measure(evaluation, taught, seeds)
+        for position, row in enumerate(results):
+            self.metrics.write("result", position, row)
+        write_report(self.folder, self.metrics.read(), graphs, self.description)
+        shutil.rmtree(self._state)
+        return results
+
+    def _measure(self, evaluation: Evaluation, taught: list[nn.Module], seeds: list[int]) -> list[dict[str, Any]]:
+        config = self.config
+        random = random_pool(self.teacher, config.prior, config.num_graphs, seed=config.seed)
+        rows = {
+            f"teacher ({evaluation.name})": [self.teacher.module],
+            "student on pseudo-graphs": taught,
+            "same student on random graphs": [self.teach("random", random, seed) for seed in seeds],
+        }
+        if evaluation.train is not None:
+            real = evaluation.train
+            rows["same student on real graphs"] = [self.teach("real", real, seed) for seed in seeds]
+        results = []
+        for name, models in rows.items():
+            scores = [evaluate(model, evaluation.test)["accuracy"] for model in models]
+            results.append(
+                {
+                    "row": name,
+                    "accuracy": statistics.fmean(scores),
+                    "deviation": statistics.stdev(scores) if len(scores) > 1 else 0.0,
+                    "seeds": len(scores),
+                }
+            )
+        majority = evaluate(self.teacher.module, evaluation.test)["majority"]
+        results.append({"row": "majority class", "accuracy": majority, "deviation": 0.0, "seeds": 1})
+        return results
+
+    def make_graphs(self) -> GraphBatch:
+        """Stages one and two: the pseudo-graphs, from ``pseudo_graphs.safetensors`` if already there."""
+        product = self.folder / "pseudo_graphs.safetensors"
+        if product.exists():
+            return load_graphs(product)[0]
+        graphs = start_graphs(self.teacher, self.config.prior, self.config.num_graphs, seed=self.config.seed)
+        learned = None
+        if self.config.learn.steps > 0:
+            learned = self._learn(graphs)
+            graphs = learned.harden(seed=self.config.seed, step=self.config.learn.steps)
+        if self.config.refine.steps > 0:
+            graphs = self._refine(graphs, learned)
+        save_graphs(product, graphs, {"feature_kind": self.config.prior.feature_kind})
+        return graphs
+
+    def _pool(self, graphs: GraphBatch) -> GraphBatch | Callable[[int], GraphBatch]:
+        """What a student learns from: the pool, or with `redraw` a new draw of it every epoch."""
+        if not self.config.student.redraw:
+            return graphs
+        learned = self._learn(graphs)
+        after = self.config.learn.steps + 1
+        return lambda epoch: learned.harden(seed=self.config.seed, step=after + epoch)
+
+    def _learn(self, start: GraphBatch) -> PseudoGraphs:
+        pseudo = PseudoGraphs.from_graphs(start, feature_kind=self.config.prior.feature_kind, xi=self.config.xi)
+        learner = Learner(self.teacher, pseudo, self.config.learn, seed=self.config.seed)
+        total = self.config.learn.steps
+        saver = _Saver(self._state / "learn.safetensors", learner.state_dict)
+        if saver.path.exists():
+            learner.load_state_dict(load_state(saver.path))
+            self.metrics.rewind("learn", learner.step)
+        while learner.step < total:
+            terms = learner.advance()
+            if learner.step % 10 == 0 or learner.step == total:
+                self._report("learn", learner.step, total, {name: float(term) for name, term in terms.items()})
+            saver.save(learner.step == total)
+        return pseudo
+
+    def _refine(self, start: GraphBatch, learned: PseudoGraphs | None) -> GraphBatch:
+        raise NotImplementedError
+
+    def teach(self, row: str, pool: GraphBatch | Callable[[int], GraphBatch], seed: int) -> nn.Module:
+        """One student on a pool, from its saved state if an earlier process finished or began it."""
+        name = f"{row}-{seed}"
+        done = self._state / f"{name}.safetensors"
+        if done.exists():
+            return load_model(done)[0]
+        partial = self._state / f"{name}-partial.safetensors"
+        if partial.exists():
+            self.metrics.rewind(name, int(load_state(partial)["epoch"]))
+        model = distill_student(
+            self.teacher,
+            pool,
+            self.student,
+            self.config.student,
+            seed=seed,
+            progress=lambda epoch, values: self._report(name, epoch, self.config.student.epochs, values),
+            checkpoint=partial,
+        )
+        save_model(done, model, {"row": row, "seed": seed})
+        partial.unlink(missing_ok=True)
+        return model
+
+    def _report(self, stage: str, step: int, total: int, values: dict[str, float]) -> None:
+        self.metrics.write(stage, step, values)
+        self._progress(stage, step, total, values)
+
+
+class _Saver:
+    """Saves a stage's state when some seconds have passed since the last time."""
+
+    def __init__(self, path: Path, state: Callable[[], dict[str, Any]]) -> None:
+        self.path = path
+        self._state = state
+        self._last = time.monotonic()
+
+    def save(self, now: bool) -> None:
+        if now or time.monotonic() - self._last > _SAVE_SECONDS:
+            save_state(self.path, self._state())
+            self._last = time.monotonic()

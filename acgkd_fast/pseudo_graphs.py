@@ -1,0 +1,196 @@
+"""Learnable pseudo-graphs: edge logits, node features, labels and sizes in one module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .edges import sample_edges
+from .errors import InputError, check, check_choice, check_tensor
+from .graphs import EdgeSample, GraphBatch
+from .layout import PairLayout
+
+FEATURE_KINDS = ("one-hot", "continuous", "degree", "constant")
+# Start of a learnable edge: present in nine draws of ten.
+_PRESENT = 0.9
+
+
+@dataclass(frozen=True)
+class GraphPrior:
+    """What the user knows, or assumes, about the graphs that the teacher was trained on.
+
+    Attributes:
+        min_nodes, max_nodes: node counts are uniform on this range (GFKD uses 10..29).
+        mean_degree: expected number of partners per node. Density is what neither learning nor
+            refinement repairs by itself, so state it if you know it; about 2 suits molecules.
+        feature_kind: "one-hot" (node labels), "degree" (one-hot degrees, free while searching),
+            "continuous" or "constant".
+
+    Raises:
+        InputError: an empty or non-positive node range, a mean degree that is not above 0, or an unknown kind.
+    """
+
+    min_nodes: int = 10
+    max_nodes: int = 29
+    mean_degree: float = 2.05
+    feature_kind: str = "one-hot"
+
+    def __post_init__(self) -> None:
+        nodes = (self.min_nodes, self.max_nodes)
+        check(2 <= self.min_nodes <= self.max_nodes, "min_nodes, max_nodes", "2 <= min_nodes <= max_nodes", nodes)
+        check(self.mean_degree > 0.0, "mean_degree", "a number above 0", self.mean_degree)
+        check_choice("feature_kind", self.feature_kind, FEATURE_KINDS)
+
+
+def edge_logit(probability: torch.Tensor, noise: str) -> torch.Tensor:
+    """theta with P(edge) = probability: the logit (logistic noise) or log(-log(1 - p)) (Gumbel)."""
+    p = probability.clamp(1e-6, 1.0 - 1e-6)
+    return torch.log(-torch.log1p(-p)) if noise == "gumbel" else torch.logit(p)
+
+
+def edge_probability(logits: torch.Tensor, noise: str) -> torch.Tensor:
+    """P(edge) of each candidate, the inverse of :func:`edge_logit`."""
+    return -torch.expm1(-logits.exp()) if noise == "gumbel" else torch.sigmoid(logits)
+
+
+class PseudoGraphs(nn.Module):
+    """A batch of B pseudo-graphs whose structure and features can be learned.
+
+    Parameters of the module:
+        logits: theta = log alpha of each candidate pair, [P].
+        features: [N, F]; softmax logits for "one-hot" and "degree", values for "continuous";
+            a buffer of ones for "constant".
+
+    Attributes:
+        layout: candidate pairs; its ``sizes`` are the node counts.
+        y: int64 [B], the class that each graph stands for.
+        feature_kind: one of :data:`FEATURE_KINDS`.
+        noise: "logistic" or "gumbel", which fixes what a logit means.
+    """
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        features: torch.Tensor,
+        y: torch.Tensor,
+        layout: PairLayout,
+        *,
+        feature_kind: str,
+        noise: str = "logistic",
+    ) -> None:
+        super().__init__()
+        check_tensor("logits", logits, shape=(layout.num_pairs,))
+        check_tensor("features", features, shape=(layout.num_nodes, None))
+        check_tensor("y", y, shape=(layout.num_graphs,), dtypes=(torch.int64,))
+        check_choice("feature_kind", feature_kind, FEATURE_KINDS)
+        self.layout = layout
+        self.feature_kind = feature_kind
+        self.noise = noise
+        self.logits = nn.Parameter(logits.detach().clone())
+        self.features: torch.Tensor
+        if feature_kind == "constant":
+            self.register_buffer("features", features.detach().clone())
+        else:
+            self.features = nn.Parameter(features.detach().clone())
+        self.y: torch.Tensor
+        self.register_buffer("y", y.clone())
+
+    @classmethod
+    def from_graphs(
+        cls,
+        graphs: GraphBatch,
+        *,
+        feature_kind: str,
+        xi: float = 1.0,
+        directed: bool = False,
+        noise: str = "logistic",
+        extra_degree: float = 0.2,
+    ) -> PseudoGraphs:
+        """Start at given graphs: their edges are likely, all other candidates rare.
+
+        Args:
+            graphs: hard graphs with labels.
+            feature_kind: how to read ``graphs.x``.
+            xi: spatial complexity parameter of the candidate set, in (0, 1].
+            directed: learn (i, j) and (j, i) separately.
+            noise: "logistic" or "gumbel".
+            extra_degree: expected number of partners per node from the rare candidates together.
+
+        Raises:
+            InputError: graphs without labels.
+        """
+        if graphs.y is None:
+            raise InputError("graphs: expected labels y, got none")
+        layout = PairLayout.budget(graphs.sizes, xi, directed=directed, device=graphs.x.device)
+        counts = layout.pair_ptr[1:] - layout.pair_ptr[:-1]
+        partners = counts / graphs.sizes * (1.0 if directed else 2.0)
+        rare = (extra_degree / partners.clamp(min=1.0)).clamp(max=0.5)
+        probability = rare.repeat_interleave(counts, output_size=layout.num_pairs)
+        pair = layout.pair_index(graphs.edges.row(), graphs.edges.col[: graphs.edges.num_edges].long())
+        # A budget cannot hold every edge of the start; those outside it are left out.
+        probability[pair[pair >= 0]] = _PRESENT
+        features = graphs.x
+        if feature_kind in ("one-hot", "degree"):
+            features = 4.0 * graphs.x
+        return cls(edge_logit(probability, noise), features, graphs.y, layout, feature_kind=feature_kind, noise=noise)
+
+    def soft_features(self) -> torch.Tensor:
+        """Node features [N, F] as the teacher sees them while learning."""
+        return self.features.softmax(-1) if self.feature_kind in ("one-hot", "degree") else self.features
+
+    def hard_features(self) -> torch.Tensor:
+        """Node features [N, F] for teaching: one-hot rows where the features are categorical. Detached."""
+        features = self.features.detach()
+        if self.feature_kind in ("one-hot", "degree"):
+            return torch.nn.functional.one_hot(features.argmax(-1), features.shape[1]).to(features.dtype)
+        return features.clone()
+
+    def edge_probability(self) -> torch.Tensor:
+        """P(edge) of each candidate, [P]."""
+        return edge_probability(self.logits, self.noise)
+
+    def expected_degree(self) -> torch.Tensor:
+        """Expected partners per node of each graph, [B]; differentiable."""
+        ptr = self.layout.pair_ptr
+        per_graph = torch.segment_reduce(self.edge_probability(), "sum", offsets=ptr, unsafe=True)
+        sizes = self.layout.node_ptr[1:] - self.layout.node_ptr[:-1]
+        return per_graph * (1.0 if self.layout.directed else 2.0) / sizes
+
+    def forward(
+        self,
+        *,
+        seed: int | torch.Tensor,
+        step: int | torch.Tensor = 0,
+        temperature: float | torch.Tensor = 1.0,
+        estimator: str = "sparse_straight_through",
+    ) -> GraphBatch:
+        """Draw edges and return the batch as the teacher sees it; see `sample_edges` for the arguments."""
+        edges = self.sample(seed=seed, step=step, temperature=temperature, estimator=estimator)
+        return GraphBatch(self.soft_features(), edges, self.y)
+
+    def sample(
+        self,
+        *,
+        seed: int | torch.Tensor,
+        step: int | torch.Tensor = 0,
+        temperature: float | torch.Tensor = 1.0,
+        estimator: str = "sparse_straight_through",
+    ) -> EdgeSample:
+        """Draw the edges alone."""
+        return sample_edges(
+            self.logits,
+            self.layout,
+            seed=seed,
+            step=step,
+            temperature=temperature,
+            estimator=estimator,
+            noise=self.noise,
+        )
+
+    @torch.no_grad()
+    def harden(self, *, seed: int, step: int = 0) -> GraphBatch:
+        """Hard graphs for teaching: one 0/1 draw of the edges, hard features. Another step, another draw."""
+        edges = self.sample(seed=seed, step=step, estimator="straight_through")
+        return GraphBatch(self.hard_features(), edges, self.y)

@@ -1,0 +1,159 @@
+"""One self-contained HTML page per run: the final table, the curves, some pseudo-graphs, the settings."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import DataError
+from .files import write_text
+from .graphs import GraphBatch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_CURVES = {
+    "learn": ("Learn: terms of the loss", ("loss", "cross_entropy", "batch_norm")),
+    "refine": ("Refine: divergence K and cross-entropy", ("k", "cross_entropy")),
+    "student": ("Student: distillation loss", ("loss",)),
+}
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; } td, th { padding: .25rem .75rem; border-bottom: 1px solid #ccc; text-align: left; }
+td:nth-child(n+2) { font-variant-numeric: tabular-nums; text-align: right; }
+pre { background: #f5f5f5; padding: 1rem; overflow-x: auto; font-size: 13px; } svg { max-width: 100%; height: auto; }
+"""
+
+
+def write_report(run: Path, rows: Sequence[dict[str, Any]], graphs: GraphBatch, config: dict[str, Any]) -> Path:
+    """Write ``report.html`` into a run folder.
+
+    Args:
+        run: the folder.
+        rows: the lines of ``metrics.jsonl``; those of stage "result" make the table.
+        graphs: the pseudo-graphs, some of which are drawn.
+        config: the run's ``config.json``.
+
+    Returns:
+        The path of the page. Without matplotlib it holds no pictures and says so.
+    """
+    parts = ["<h1>Distillation report</h1>", _table([row for row in rows if row["stage"] == "result"])]
+    try:
+        import matplotlib  # noqa: F401
+
+        parts += _curves(rows)
+        parts.append("<h2>Some pseudo-graphs</h2>" + _svg(_draw_graphs(graphs)))
+    except ImportError:
+        parts.append("<p>Pictures are left out: matplotlib is not installed (extra <code>report</code>).</p>")
+    parts.append(f"<h2>Settings</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre>")
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>acgkd-fast: distillation report</title>'
+        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
+    )
+    path = run / "report.html"
+    write_text(path, page)
+    return path
+
+
+def result_table(results: Sequence[dict[str, Any]]) -> str:
+    """The final table as aligned text: one line per row, mean and deviation over seeds in percent."""
+    if not results:
+        raise DataError("results: expected at least one row, got none")
+    width = max(len(row["row"]) for row in results)
+    lines = [f"{'':{width}}  accuracy"]
+    for row in results:
+        lines.append(f"{row['row']:{width}}  {_accuracy(row)}")
+    return "\n".join(lines)
+
+
+def _accuracy(row: dict[str, Any]) -> str:
+    text = f"{100 * row['accuracy']:5.1f} %"
+    if row.get("seeds", 1) > 1:
+        text += f" +- {100 * row['deviation']:.1f} ({row['seeds']} seeds)"
+    return text
+
+
+def _table(results: Sequence[dict[str, Any]]) -> str:
+    if not results:
+        return "<p>No evaluation data set was given, so there is no accuracy to show.</p>"
+    body = "".join(f"<tr><td>{html.escape(row['row'])}</td><td>{_accuracy(row)}</td></tr>" for row in results)
+    return (
+        "<h2>Accuracy on held-out real graphs</h2><table><tr><th>model</th><th>accuracy</th></tr>"
+        f"{body}</table><p>Measured after the run; nothing in it was chosen by these figures.</p>"
+    )
+
+
+def _curves(rows: Sequence[dict[str, Any]]) -> list[str]:
+    from matplotlib.figure import Figure
+
+    parts = []
+    for stage, (title, names) in _CURVES.items():
+        points = [row for row in rows if row["stage"] == stage]
+        if not points:
+            continue
+        figure = Figure(figsize=(7, 2.6), layout="constrained")
+        axes = figure.subplots()
+        for name in names:
+            xs = [row["step"] for row in points if name in row]
+            if xs:
+                axes.plot(xs, [row[name] for row in points if name in row], label=name.replace("_", " "))
+        axes.set_xlabel("epoch" if stage == "student" else "step")
+        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.legend(frameon=False)
+        parts.append(f"<h2>{html.escape(title)}</h2>{_svg(figure)}")
+    return parts
+
+
+def _draw_graphs(graphs: GraphBatch, count: int = 12) -> Figure:
+    """The first graphs of each class in turn, nodes coloured by their feature."""
+    import networkx
+    from matplotlib.figure import Figure
+
+    order = list(range(graphs.num_graphs))
+    if graphs.y is not None:
+        labels = graphs.y.tolist()
+        rank: dict[int, int] = {}
+        position = {}
+        for g in order:
+            position[g] = rank[labels[g]] = rank.get(labels[g], -1) + 1
+        order.sort(key=lambda g: (position[g], labels[g]))
+    chosen = graphs.select(order[:count])
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    grid = figure.subplots(3, 4, squeeze=False)
+    ptr = chosen.ptr.tolist()
+    sources, targets = chosen.to_edge_index()[0].tolist()
+    colours = chosen.x.argmax(-1).tolist()
+    for number, axes in enumerate(grid.flat):
+        axes.set_axis_off()
+        if number >= chosen.num_graphs:
+            continue
+        first, last = ptr[number], ptr[number + 1]
+        drawing = networkx.Graph()
+        drawing.add_nodes_from(range(first, last))
+        drawing.add_edges_from((s, t) for s, t in zip(sources, targets, strict=True) if first <= t < last)
+        networkx.draw_networkx(
+            drawing,
+            pos=networkx.spring_layout(drawing, seed=0),
+            ax=axes,
+            node_color=colours[first:last],
+            node_size=25,
+            cmap="tab10",
+            vmin=0,
+            vmax=9,
+            with_labels=False,
+            width=0.8,
+        )
+        if chosen.y is not None:
+            axes.set_title(f"class {int(chosen.y[number])}", fontsize=9)
+    return figure
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,199 @@
+"""One inversion step, ours and as peers would write it: same teacher, same losses, same optimiser.
+
+Every step draws edges from logits, runs the frozen teacher, adds cross-entropy, GFKD's BatchNorm
+norm and the one-hot entropy, goes backward to logits and features, and takes one Adam step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from acgkd_fast.distill.inversion import Learner, LearnSettings
+from acgkd_fast.distill.objectives import one_hot_entropy
+from acgkd_fast.distill.statistics import BatchNormProbe, running_stats_norm
+from acgkd_fast.layout import PairLayout
+from acgkd_fast.nn.models import GraphClassifier, build_model
+from acgkd_fast.pseudo_graphs import PseudoGraphs
+
+C_BN, C_OH = 0.1, 0.01
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch named after the data set whose node counts and density it has."""
+
+    name: str
+    num_graphs: int
+    sizes: tuple[int, int]
+    density: float
+    num_features: int = 7
+
+
+SHAPES = {
+    "MUTAG": Shape("MUTAG", 131, (10, 29), 0.13),
+    "COLLAB": Shape("COLLAB", 128, (60, 90), 0.3),
+    "REDDIT-B": Shape("REDDIT-B", 32, (300, 560), 0.006),
+}
+
+
+def make_teacher(shape: Shape, arch: str = "gcn5-64") -> GraphClassifier:
+    """A teacher with random weights and plausible running statistics."""
+    torch.manual_seed(0)
+    model = build_model(arch, shape.num_features, 2)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm1d):
+            layer.running_mean.normal_(0.0, 0.1)
+            layer.running_var.uniform_(0.5, 1.5)
+    return model.eval().requires_grad_(False)
+
+
+def make_pseudo_graphs(shape: Shape) -> PseudoGraphs:
+    generator = torch.Generator().manual_seed(1)
+    low, high = shape.sizes
+    sizes = torch.randint(low, high + 1, (shape.num_graphs,), generator=generator).tolist()
+    layout = PairLayout.complete(sizes)
+    base = torch.logit(torch.tensor(shape.density))
+    logits = base + 0.5 * torch.randn(layout.num_pairs, generator=generator)
+    features = torch.randn(layout.num_nodes, shape.num_features, generator=generator)
+    return PseudoGraphs(logits, features, torch.arange(shape.num_graphs) % 2, layout, feature_kind="one-hot")
+
+
+def ours(shape: Shape, estimator: str) -> Callable[[], torch.Tensor]:
+    settings = LearnSettings(
+        estimator=estimator, c_bn=C_BN, c_oh=C_OH, target_degree=None, lr_structure=1e-3, lr_features=1e-3
+    )
+    learner = Learner(make_teacher(shape), make_pseudo_graphs(shape), settings)
+    return lambda: learner.advance()["loss"]
+
+
+class PyGTeacher(nn.Module):
+    """The same network with torch_geometric's GCNConv and pooling."""
+
+    def __init__(self, teacher: GraphClassifier) -> None:
+        super().__init__()
+        from torch_geometric.nn import GCNConv
+
+        self.convs = nn.ModuleList()
+        self.norms = nn.ModuleList(block.norm for block in teacher.blocks)
+        self.classifier = teacher.classifier
+        for block in teacher.blocks:
+            conv = GCNConv(block.conv.in_channels, block.conv.out_channels)
+            conv.load_state_dict(block.conv.state_dict())
+            self.convs.append(conv)
+        self.eval().requires_grad_(False)
+
+    def forward(
+        self, x: torch.Tensor, edge_index: torch.Tensor, edge_weight: torch.Tensor, batch: torch.Tensor
+    ) -> torch.Tensor:
+        from torch_geometric.nn import global_add_pool
+
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            h = torch.relu(norm(conv(x, edge_index, edge_weight)))
+            x = h + x if i else h
+        return self.classifier(global_add_pool(x, batch))
+
+
+class DenseTeacher(nn.Module):
+    """The same network on padded adjacency matrices with ``bmm``."""
+
+    def __init__(self, teacher: GraphClassifier) -> None:
+        super().__init__()
+        self.lins = nn.ModuleList(block.conv.lin for block in teacher.blocks)
+        self.biases = [block.conv.bias for block in teacher.blocks]
+        self.norms = nn.ModuleList(block.norm for block in teacher.blocks)
+        self.classifier = teacher.classifier
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, adjacency: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """x [B, n, F], adjacency [B, n, n], mask [B, n]."""
+        looped = adjacency + torch.diag_embed(mask.to(adjacency.dtype))
+        scale = looped.sum(-1).clamp(min=1e-12).rsqrt() * mask
+        normalised = scale[:, :, None] * looped * scale[:, None, :]
+        for i, (lin, bias, norm) in enumerate(zip(self.lins, self.biases, self.norms, strict=True)):
+            h = torch.bmm(normalised, lin(x)) + bias
+            # BatchNorm must see the real nodes only, or its statistics would be wrong.
+            activated = torch.relu(norm(h[mask]))
+            h = torch.zeros_like(h).index_put((mask,), activated)
+            x = h + x if i else h
+        return self.classifier(x.sum(1))
+
+
+def _loss(probe: BatchNormProbe, logits: torch.Tensor, y: torch.Tensor, soft_features: torch.Tensor) -> torch.Tensor:
+    cross_entropy = torch.nn.functional.cross_entropy(logits, y)
+    bn = running_stats_norm(probe.inputs, probe.running)
+    return cross_entropy + C_BN * bn + C_OH * one_hot_entropy(soft_features)
+
+
+def _straight_through(logits: torch.Tensor) -> torch.Tensor:
+    u = torch.rand_like(logits).clamp_(1e-7, 1 - 1e-7)
+    soft = torch.sigmoid(logits + u.log() - (-u).log1p())
+    return (soft > 0.5).to(soft.dtype) + soft - soft.detach()
+
+
+def pyg_drawn_edges(shape: Shape) -> Callable[[], torch.Tensor]:
+    """PyTorch Geometric on the drawn edges: gradient for drawn edges only."""
+    start = make_pseudo_graphs(shape)
+    teacher = PyGTeacher(make_teacher(shape))
+    row, col = start.layout.pair_nodes()
+    batch = start.layout.graph_of_node()
+    logits, features, y = start.logits, start.features, start.y
+    optimizer = torch.optim.Adam([logits, features], lr=1e-3)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        weight = _straight_through(logits)
+        drawn = weight.detach().nonzero().squeeze(-1)
+        edge_index = torch.stack([torch.cat([row[drawn], col[drawn]]), torch.cat([col[drawn], row[drawn]])])
+        edge_weight = weight[drawn].repeat(2)
+        x = features.softmax(-1)
+        with BatchNormProbe(teacher) as probe:
+            loss = _loss(probe, teacher(x, edge_index, edge_weight, batch), y, x)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def dense_bmm(shape: Shape) -> Callable[[], torch.Tensor]:
+    """Padded dense matrices: gradient for every candidate."""
+    start = make_pseudo_graphs(shape)
+    teacher = DenseTeacher(make_teacher(shape))
+    layout, y = start.layout, start.y
+    width = max(layout.sizes)
+    mask = torch.arange(width) < torch.tensor(layout.sizes)[:, None]
+    row, col = layout.pair_nodes()
+    graph = layout.graph_of_pair(torch.arange(layout.num_pairs))
+    first = layout.node_ptr[graph]
+    logits = torch.full((layout.num_graphs, width, width), -30.0)
+    logits[graph, row - first, col - first] = start.logits.detach()
+    features = torch.zeros(layout.num_graphs, width, shape.num_features)
+    features[mask] = start.features.detach()
+    logits.requires_grad_()
+    features.requires_grad_()
+    optimizer = torch.optim.Adam([logits, features], lr=1e-3)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        upper = _straight_through(logits).triu(1)
+        adjacency = upper + upper.transpose(1, 2)
+        x = features.softmax(-1) * mask[..., None]
+        with BatchNormProbe(teacher) as probe:
+            loss = _loss(probe, teacher(x, adjacency, mask), y, x[mask])
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+STEPS: dict[str, Callable[[Shape], Callable[[], torch.Tensor]]] = {
+    "acgkd-fast sparse straight-through": lambda shape: ours(shape, "sparse_straight_through"),
+    "acgkd-fast straight-through, all candidates": lambda shape: ours(shape, "straight_through"),
+    "PyG GCNConv on drawn edges": pyg_drawn_edges,
+    "padded dense bmm": dense_bmm,
+}
