@@ -29,7 +29,6 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 # 2.10 is the oldest torch whose stable interface has what the kernels call.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-PYTHON_ABI = "-DPy_LIMITED_API=0x030a0000"
 # Without a GPU to ask: what torch's own CUDA 12.8 and 13 wheels serve, as far as nvcc knows them.
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 
@@ -166,7 +165,7 @@ def native_build() -> type[build_ext]:
             debug = os.environ.get("DEBUG", "0") == "1"
             optimise = ["-O0", "-g"] if debug else ["-O3"]
             cxx = [*optimise, "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
-            common = [STABLE_ABI, PYTHON_ABI]
+            common = [STABLE_ABI]
             archs = None
             if self.plan.cuda_home is not None:
                 archs = arch_list(self.plan.cuda_home)

@@ -17,7 +17,7 @@ namespace acgkd {
 
 constexpr int kPhiloxRounds = 10;
 
-enum Stream : uint32_t { kEdgeStream = 0, kAbsentStream = 1 };
+enum Stream : uint32_t { kEdgeStream = 0, kAbsentStream = 1, kNumStreams = 4 };
 
 struct Key {
   uint32_t low, high;

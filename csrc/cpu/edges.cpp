@@ -90,7 +90,7 @@ class RowFill {
   template <typename Function>
   void for_graphs(const Function& function) {
     const int64_t graphs = layouts_.num_graphs;
-    const int64_t grain = std::max<int64_t>(1, kPairsPerTask * graphs / std::max<int64_t>(1, layouts_.num_pairs));
+    const int64_t grain = std::max<int64_t>(1, kRangePairs * graphs / std::max<int64_t>(1, layouts_.num_pairs));
     torch::stable::parallel_for(0, graphs, grain, [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g) function(g);
     });
@@ -138,7 +138,6 @@ class RowFill {
     }
   }
 
-  static constexpr int64_t kPairsPerTask = 1 << 14;
   const Layouts& layouts_;
   const Drawn<Real>& drawn_;
 };

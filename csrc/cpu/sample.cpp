@@ -5,23 +5,21 @@
 namespace acgkd {
 namespace {
 
-// Large enough to outweigh starting a thread, small enough to balance the load; a multiple of kLanes.
-constexpr int64_t kChunkPairs = 1 << 14;
-
+// Short ranges share a chunk, and with it a list of hits.
 template <typename Real>
 void split(const Layouts& layouts, Drawn<Real>& drawn) {
+  drawn.piece_ptr.assign(layouts.num_graphs + 1, 0);
   int64_t filled = 0, chunk = 0;
-  for (int64_t g = 0; g < layouts.num_graphs; ++g) {
-    drawn.piece_ptr.push_back(static_cast<int64_t>(drawn.pieces.size()));
-    const int64_t pairs = layouts[g].num_pairs;
-    for (int64_t begin = 0; begin < pairs; begin += kChunkPairs) {
-      const int64_t end = std::min(pairs, begin + kChunkPairs);
-      drawn.pieces.push_back({g, begin, end, chunk});
-      filled += end - begin;
-      if (filled >= kChunkPairs) filled = 0, ++chunk;
-    }
+  for (const PairRange& range : pair_ranges(layouts)) {
+    drawn.pieces.push_back({range, chunk});
+    drawn.piece_ptr[range.graph + 1] = static_cast<int64_t>(drawn.pieces.size());
+    filled += range.end - range.begin;
+    if (filled >= kRangePairs) filled = 0, ++chunk;
   }
-  drawn.piece_ptr.push_back(static_cast<int64_t>(drawn.pieces.size()));
+  // A graph of one node has no range: it ends where the one before it does.
+  for (int64_t g = 0; g < layouts.num_graphs; ++g) {
+    drawn.piece_ptr[g + 1] = std::max(drawn.piece_ptr[g], drawn.piece_ptr[g + 1]);
+  }
   drawn.chunks.resize(chunk + (filled > 0));
 }
 
@@ -80,9 +78,7 @@ Drawn<WideOf<Stored>> draw_pairs(const Stored* logits, const Layouts& layouts, c
     piece.hits_begin = hits.size();
     for (int64_t first = piece.begin; first < piece.end; first += kLanes) {
       const int count = static_cast<int>(std::min<int64_t>(kLanes, piece.end - first));
-      const Stored* theta = logits + graph.first_pair + first;
-      for (int i = 0; i < count; ++i) lanes.theta[i] = static_cast<Real>(theta[i]);
-      std::fill(lanes.theta + count, lanes.theta + kLanes, Real(0));
+      load_block(logits + graph.first_pair + first, count, lanes.theta);
       uint64_t mask = decide(draw, address, static_cast<uint32_t>(first / 4), lanes);
       if (count < kLanes) mask &= (uint64_t(1) << count) - 1;
       hits.append(first, mask, draw.hard() ? nullptr : lanes.value);

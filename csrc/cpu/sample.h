@@ -5,8 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/blocks.h"
-#include "cpu/tensors.h"
+#include "cpu/pairs.h"
 
 namespace acgkd {
 
@@ -71,9 +70,7 @@ class Hits {
 };
 
 // Part of one graph, and where its hits stand in the list of its chunk.
-struct Piece {
-  int64_t graph;
-  int64_t begin, end;
+struct Piece : PairRange {
   int64_t chunk;
   int64_t hits_begin = 0, hits_end = 0;
 };
