@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import check
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -60,6 +62,8 @@ class BatchNormProbe:
         return len(self._layers)
 
     def __enter__(self) -> BatchNormProbe:
+        if self._handles:
+            raise RuntimeError("BatchNormProbe: already open; its hooks would collect everything twice")
         self._handles = [layer.register_forward_pre_hook(self._collect) for layer in self._layers]
         return self
 
@@ -79,12 +83,20 @@ class BatchNormProbe:
         self.running.append((layer.running_mean, layer.running_var))
 
 
+def _check_layers(running: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    check(len(running) > 0, "running", "at least one BatchNorm layer with running statistics", running)
+
+
 def running_stats_norm(inputs: list[torch.Tensor], running: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """R_bn = sum over layers of ||mean - running mean||_2 + ||var - running var||_2.
 
     Biased variance over all rows of the batch, unsquared norms, as in GFKD (arXiv 2105.07519) and
     DeepInversion. Scalar; differentiable.
+
+    Raises:
+        InputError: no layers.
     """
+    _check_layers(running)
     terms = []
     for features, (mean, variance) in zip(inputs, running, strict=True):
         spread, centre = torch.var_mean(features, dim=0, correction=0)
@@ -100,7 +112,11 @@ def gaussian_divergence(moments: list[Moments], running: list[tuple[torch.Tensor
 
     Returns:
         Scalar; the divergence of two Gaussians per channel, 0 where the statistics agree.
+
+    Raises:
+        InputError: no layers.
     """
+    _check_layers(running)
     terms = []
     for moment, (mean, variance) in zip(moments, running, strict=True):
         floor = 1e-3 * variance.mean() + 1e-6
