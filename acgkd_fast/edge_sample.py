@@ -119,15 +119,22 @@ class EdgeSample:
         return nodes.repeat_interleave(counts, output_size=self.num_edges)
 
     def transposed(self) -> Transposed:
-        """CSR of the transpose and the position of its entries here; all None if symmetric."""
+        """CSR of the transpose and the position of its entries here; all None if symmetric.
+
+        As long as `col`; no device read, so that a directed step can be captured as well.
+        """
         if self.symmetric:
             return None, None, None
         if self._transposed is None:
-            row, col = self.row(), self.col[: self.num_edges].long()
-            order = torch.argsort(col * self.num_nodes + row, stable=True)
-            counts = torch.bincount(col, minlength=self.num_nodes)
-            rowptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-            self._transposed = rowptr, row[order].int(), order.int()
+            nodes, device = self.num_nodes, self.col.device
+            entries = torch.arange(self.col.numel(), dtype=torch.int32, device=device)
+            row = torch.searchsorted(self.rowptr[1:], entries, right=True, out_int32=True)
+            used = row < nodes
+            # Rows ascend already, so sorting by column alone gives (column, row); unused capacity goes last.
+            col, order = torch.sort(self.col.where(used, nodes), stable=True)
+            bounds = torch.arange(nodes + 1, dtype=torch.int32, device=device)
+            rowptr = torch.searchsorted(col, bounds, out_int32=True)
+            self._transposed = rowptr, row.where(used, 0)[order], order.int()
         return self._transposed
 
     def has_self_loops(self) -> bool:

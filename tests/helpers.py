@@ -11,9 +11,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-import acgkd_fast.edges
-import acgkd_fast.propagate  # both declare their operators, which the lists below need
-from acgkd_fast import EdgeSample, PairLayout, _library
+# Importing the second and third declares their operators, which the lists below need.
+from acgkd_fast import EdgeSample, PairLayout, _library, edges, propagate  # noqa: F401
 
 LAYOUT_KINDS = ("complete", "budget", "complete-directed", "budget-directed")
 
@@ -161,11 +160,18 @@ def dense_gin(adjacency: torch.Tensor, x: torch.Tensor, eps: torch.Tensor | floa
 
 
 def random_edges(
-    sizes: list[int], *, symmetric: bool, seed: int, density: float = 0.4, dtype: torch.dtype = torch.float64
+    sizes: list[int],
+    *,
+    symmetric: bool,
+    seed: int,
+    density: float = 0.4,
+    dtype: torch.dtype = torch.float64,
+    rounded_to: torch.dtype = torch.float64,
 ) -> tuple[EdgeSample, torch.Tensor]:
-    """Random weighted edges, and the leaf that its values come from.
+    """Random weighted edges, and the leaf that their values come from.
 
-    The leaf has one weight per edge, or per pair of opposite edges if `symmetric`.
+    The leaf has one weight per edge, or per pair of opposite edges if `symmetric`. With `rounded_to`
+    a float64 copy has the very values of a narrower one.
     """
     rng = np.random.default_rng(seed)
     rows, cols, first = [], [], 0
@@ -180,9 +186,21 @@ def random_edges(
         first += n
     row = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *rows]))
     col = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *cols]))
-    weight = torch.from_numpy(rng.uniform(0.2, 1.5, len(row))).to(dtype).requires_grad_()
+    weight = torch.from_numpy(rng.uniform(0.2, 1.5, len(row))).to(rounded_to).to(dtype).requires_grad_()
     ptr = torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int64)
     if symmetric:
         both = torch.stack([torch.cat([row, col]), torch.cat([col, row])])
         return EdgeSample.from_edge_index(both, ptr, torch.cat([weight, weight]), symmetric=True), weight
     return EdgeSample.from_edge_index(torch.stack([col, row]), ptr, weight), weight
+
+
+# Operators that some test module runs through opcheck; test_operators.py demands that none is missing.
+OPCHECKED: set[str] = set()
+
+
+def opcheck(name: str, cases: list[tuple]) -> None:
+    """Schema and fake tensors for every case; autograd registration and tracing, slow, for the first."""
+    operator = getattr(torch.ops.acgkd_fast, name).default
+    torch.library.opcheck(operator, cases[0])
+    for arguments in cases[1:]:
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
