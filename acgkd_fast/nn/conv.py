@@ -78,8 +78,9 @@ class GCNConv(nn.Module):
         """
         check_tensor("x", x, shape=(None, self.in_channels))
         edges = as_edges(x, edge_index, edge_weight)
-        # Both orders give the same result; the narrow side has fewer numbers to move along the edges.
-        if self.in_channels < self.out_channels:
+        # Both orders give the same result. The narrow side has fewer numbers to move along the edges, and a
+        # linear layer that comes last adds the bias in the same pass.
+        if self.in_channels <= self.out_channels:
             return linear(self._propagate(x, edges), self.lin.weight, self.bias)
         out = self._propagate(self.lin(x), edges)
         return out if self.bias is None else out + self.bias
