@@ -178,12 +178,11 @@ def native_build() -> type[build_ext]:
                 ext.include_dirs = [str(ROOT / "csrc"), *cpp_extension.include_paths(device)]
                 ext.library_dirs = cpp_extension.library_paths(device)
                 ext.libraries = ["c10", "torch", "torch_cpu"]
-                nvcc = [*(["-O0", "-G"] if debug else ["-O3", "-lineinfo"]), "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden"]
+                nvcc = [*(["-O0", "-G"] if debug else ["-O3", "-lineinfo"]), "-Xcompiler", "-fvisibility=hidden"]
                 ext.extra_compile_args = {"cxx": cxx + common, "nvcc": nvcc + common}
                 if device == "cuda":
-                    ext.libraries.append("cudart")
-                    if torch.version.cuda is not None:
-                        ext.libraries += ["c10_cuda", "torch_cuda"]
+                    # Static, so that the library loads beside any torch, also where no CUDA runtime is installed.
+                    ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
             super().build_extensions()
             compiler = subprocess.run([*self.compiler.compiler_cxx[:1], "--version"], capture_output=True, text=True)
             record(

@@ -14,33 +14,46 @@ from typing import Any
 import torch
 
 _FOLDER = Path(__file__).parent
+# Two libraries, so that a CUDA one that does not load leaves the CPU kernels in place.
+_FILES = {"cpu": "_C.abi3.so", "cuda": "_C_cuda.abi3.so"}
 TRITON_OPS: set[str] = set()
-_load_error: str | None = None
-_library: Path | None = None
+_loaded: dict[str, Path] = {}
+_errors: dict[str, str] = {}
 
 
 def load() -> None:
     """Load the extension once; a failure is kept for `why_missing`, never swallowed."""
-    global _load_error, _library
-    if _library is not None:
+    if _loaded or _errors:
         return
-    found = sorted(_FOLDER.glob("_C*.so")) + sorted(_FOLDER.glob("_C*.pyd"))
-    if not found:
-        _load_error = "the extension was not built."
-        return
-    try:
-        torch.ops.load_library(str(found[0]))
-    except OSError as error:
-        _load_error = f"the extension {found[0].name} does not load ({error})."
-        return
-    _library = found[0]
+    for device, name in _FILES.items():
+        reason = _why_absent(device)
+        if reason is None:
+            try:
+                torch.ops.load_library(str(_FOLDER / name))
+            except OSError as error:
+                reason = f"the extension {name} does not load ({error})."
+        if reason is None:
+            _loaded[device] = _FOLDER / name
+        else:
+            _errors[device] = reason
+
+
+def _why_absent(device: str) -> str | None:
+    """Why there is no library to load for a device type, or None if there is one."""
+    kernels, reason = _recorded().get("kernels", ""), _recorded().get("reason")
+    if kernels == "none":
+        # A source tree may still hold the libraries of an earlier build.
+        return f"the extension was left out ({reason})."
+    if (_FOLDER / _FILES[device]).exists():
+        return None
+    if device in kernels:
+        return f"the extension {_FILES[device]} was built, but is gone."
+    return f"the extension was built without {device} kernels ({reason})." if reason else "the extension was not built."
 
 
 def why_missing(device: str) -> str:
     """One sentence on why no native kernel serves a device type."""
-    if _load_error is not None:
-        return _load_error
-    return f"the extension was built without {device} kernels."
+    return _errors.get(device, f"no {device} kernel serves this operator.")
 
 
 @cache
@@ -56,13 +69,16 @@ def build_info() -> dict[str, Any]:
     """What was built and what is loaded.
 
     Returns:
-        ``loaded`` (bool), ``library`` (path or None), ``error`` (why it is not loaded, or None),
-        and, from the build: ``kernels`` ("cpu", "cpu+cuda" or "none"), ``reason``, ``torch``,
-        ``cuda``, ``arch_list``, ``compiler``.
+        ``loaded`` (bool: the CPU kernels are in use), ``library`` (path or None), ``error`` (why they
+        are not, or None), ``cuda_library`` and ``cuda_error`` likewise, and, from the build:
+        ``kernels`` ("cpu", "cpu+cuda" or "none"), ``reason``, ``torch``, ``cuda``, ``arch_list``,
+        ``compiler``.
     """
     return {
-        "loaded": _library is not None,
-        "library": str(_library) if _library else None,
-        "error": _load_error,
+        "loaded": "cpu" in _loaded,
+        "library": str(_loaded["cpu"]) if "cpu" in _loaded else None,
+        "error": _errors.get("cpu"),
+        "cuda_library": str(_loaded["cuda"]) if "cuda" in _loaded else None,
+        "cuda_error": _errors.get("cuda"),
         **_recorded(),
     }
