@@ -12,6 +12,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ._native import build_info as build_info
+    from .distill.inversion import LearnSettings as LearnSettings
+    from .distill.inversion import learn as learn
+    from .distill.pool import random_pool as random_pool
+    from .distill.pool import start_graphs as start_graphs
+    from .distill.refine import RefineSettings as RefineSettings
+    from .distill.refine import refine as refine
+    from .distill.student import StudentSettings as StudentSettings
+    from .distill.student import distill_student as distill_student
     from .edges import arm_gradient as arm_gradient
     from .edges import sample_edges as sample_edges
     from .errors import DataError as DataError
@@ -22,9 +30,21 @@ if TYPE_CHECKING:
     from .propagate import gcn_propagate as gcn_propagate
     from .propagate import gin_propagate as gin_propagate
     from .propagate import readout as readout
+    from .pseudo_graphs import GraphPrior as GraphPrior
+    from .pseudo_graphs import PseudoGraphs as PseudoGraphs
+    from .teachers import Teacher as Teacher
+    from .teachers import as_teacher as as_teacher
 
 _HOMES = {
     "build_info": "._native",
+    "LearnSettings": ".distill.inversion",
+    "learn": ".distill.inversion",
+    "random_pool": ".distill.pool",
+    "start_graphs": ".distill.pool",
+    "RefineSettings": ".distill.refine",
+    "refine": ".distill.refine",
+    "StudentSettings": ".distill.student",
+    "distill_student": ".distill.student",
     "arm_gradient": ".edges",
     "sample_edges": ".edges",
     "DataError": ".errors",
@@ -35,8 +55,12 @@ _HOMES = {
     "gcn_propagate": ".propagate",
     "gin_propagate": ".propagate",
     "readout": ".propagate",
+    "GraphPrior": ".pseudo_graphs",
+    "PseudoGraphs": ".pseudo_graphs",
+    "Teacher": ".teachers",
+    "as_teacher": ".teachers",
 }
-_MODULES = ("checkpoints", "data", "distill", "edges", "hosts", "nn", "philox", "propagate", "report", "teachers")
+_MODULES = ("checkpoints", "data", "distill", "edges", "nn", "philox", "propagate", "report", "teachers")
 
 __all__ = [*_HOMES, *_MODULES, "__version__"]
 

@@ -12,6 +12,7 @@ import platform
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from .refine import Refiner
 from .student import distill_student
 
 _SAVE_SECONDS = 20.0
+_REFINE_STEPS = 50
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
@@ -211,7 +213,33 @@ class Run:
         return pseudo
 
     def _refine(self, start: GraphBatch, learned: PseudoGraphs | None) -> GraphBatch:
-        raise NotImplementedError
+        refiner = Refiner(
+            self.teacher,
+            start,
+            self.config.refine,
+            seed=self.config.seed,
+            feature_kind=self.config.prior.feature_kind,
+            edge_weights=None if learned is None else (learned.layout, learned.logits.detach()),
+        )
+        total = self.config.refine.steps
+        saver = _Saver(self._state / "refine.safetensors", refiner.state_dict)
+        if saver.path.exists():
+            refiner.load_state_dict(load_state(saver.path))
+            self.metrics.rewind("refine", refiner.step)
+        while not refiner.finished:
+            refiner.advance(min(_REFINE_STEPS, total - refiner.step))
+            self._report("refine", refiner.step, total, refiner.metrics())
+            saver.save(refiner.finished)
+        result = refiner.result()
+        self.metrics.rewind("pool", -1)
+        self.metrics.write(
+            "pool",
+            refiner.step,
+            {"k": result.k, "cross_entropy": result.cross_entropy, "agreement": result.agreement},
+        )
+        if result.warning is not None:
+            warnings.warn(result.warning, RuntimeWarning, stacklevel=2)
+        return result.graphs
 
     def teach(self, row: str, pool: GraphBatch | Callable[[int], GraphBatch], seed: int) -> nn.Module:
         """One student on a pool, from its saved state if an earlier process finished or began it."""
