@@ -251,7 +251,7 @@ def test_gin_classifier_is_the_same_model_from_dense_parts():
         h = x[first : first + n]
         matrix = dense(edges)[first : first + n, first : first + n]
         for i, block in enumerate(model.blocks):
-            out = block.norm(block.conv.nn(h + matrix @ h)).relu()
+            out = block.norm(block.conv.nn((1 + block.conv.eps) * h + matrix @ h)).relu()
             h = out + h if i > 0 else out
         expected.append(model.classifier(h.sum(0)))
         first += n
