@@ -102,3 +102,25 @@ def words_torch(counter: torch.Tensor, key: torch.Tensor | int) -> torch.Tensor:
 def uniform_from_words(words: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Map words to ((word >> 9) + 0.5) * 2^-23: exact in float32, never 0 and never 1."""
     return ((words >> 9).to(dtype) + 0.5) * 2.0**-23
+
+
+def graph_uniforms(
+    graph_ids: torch.Tensor, step: torch.Tensor, count: int, *, stream: Stream, seed: int
+) -> torch.Tensor:
+    """`count` uniforms for each (graph, step), in float64, so that ``floor(u * n)`` is exact everywhere.
+
+    Args:
+        graph_ids: int64, ids in 0..2^32-1.
+        step: int64 of a shape that broadcasts with `graph_ids`, in 0..2^32-1.
+        count: uniforms wanted; uniform k is lane k % 4 of counter word k // 4.
+        stream: what the draw is for.
+        seed: 64-bit key.
+
+    Returns:
+        float64 [..., count] in (0, 1).
+    """
+    word = torch.arange((count + 3) // 4, device=graph_ids.device)
+    shape = (*torch.broadcast_shapes(graph_ids.shape, step.shape), word.numel())  # type: ignore[no-untyped-call]
+    parts = (word, graph_ids.unsqueeze(-1), step.unsqueeze(-1), word.new_full((), int(stream)))
+    counter = torch.stack([part.expand(shape) for part in parts], dim=-1)
+    return uniform_from_words(words_torch(counter, seed).flatten(-2)[..., :count], torch.float64)

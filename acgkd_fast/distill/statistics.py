@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import check
+from ..errors import InputError, check
+from ..propagate import readout
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,85 @@ class BatchNormProbe:
         assert isinstance(layer, nn.BatchNorm1d) and layer.running_mean is not None and layer.running_var is not None
         self.inputs.append(args[0])
         self.running.append((layer.running_mean, layer.running_var))
+
+
+def graph_moment_sums(inputs: list[torch.Tensor], ptr: torch.Tensor, num_nodes: int) -> torch.Tensor:
+    """Sums of x and x^2 over each graph's own rows, all layers side by side.
+
+    Moments of any pool of graphs are sums of these, so that a graph can be exchanged without visiting the
+    others.
+
+    Args:
+        inputs: what a :class:`BatchNormProbe` collected: [rows, C_l] with one row per node or per graph.
+        ptr: int64 [B + 1], node offsets.
+        num_nodes: ptr[-1], known to the caller without a device read.
+
+    Returns:
+        float64 [B, 2, C], C the sum of all C_l in the order of the layers; summed in the dtype of the layer.
+
+    Raises:
+        InputError: a layer saw neither one row per node nor one per graph.
+    """
+    graphs = ptr.numel() - 1
+    if not inputs:
+        return torch.zeros(graphs, 2, 0, dtype=torch.float64, device=ptr.device)
+    if all(features.dim() == 2 and features.shape[0] == num_nodes for features in inputs):
+        features = torch.cat(inputs, 1)
+        return torch.stack([readout(features, ptr), readout(features.square(), ptr)], 1).double()
+    parts = []
+    for features in inputs:
+        if features.dim() != 2 or features.shape[0] not in (num_nodes, graphs):
+            raise InputError(
+                f"teacher: expected BatchNorm inputs with one row per node ({num_nodes}) or per graph ({graphs}), "
+                f"got shape {tuple(features.shape)}"
+            )
+        both = torch.stack([features, features.square()], 1)
+        if features.shape[0] != graphs:
+            both = readout(both.flatten(1), ptr).view(graphs, *both.shape[1:])
+        parts.append(both.double())
+    return torch.cat(parts, 2)
+
+
+@dataclass(frozen=True)
+class RunningGaussians:
+    """Running statistics of all layers side by side, float64 [C], for K and its gradient in closed form.
+
+    Agrees with :func:`gaussian_divergence`, to be called once per search step rather than once per batch.
+
+    Attributes:
+        mean: running means.
+        target: running variances, raised by `floor`.
+        floor: 0.001 * mean(running variance of the layer) + 1e-6.
+    """
+
+    mean: torch.Tensor
+    target: torch.Tensor
+    floor: torch.Tensor
+
+    @classmethod
+    def of(cls, running: list[tuple[torch.Tensor, torch.Tensor]]) -> RunningGaussians:
+        mean = torch.cat([m.double() for m, _ in running])
+        floor = torch.cat([(1e-3 * v.double().mean() + 1e-6).expand(v.shape) for _, v in running])
+        return cls(mean, torch.cat([v.double() for _, v in running]) + floor, floor)
+
+    def divergence(self, moments: torch.Tensor) -> torch.Tensor:
+        """K of first and second moments [..., 2, C]; returns [...]."""
+        first, second = moments.unbind(-2)
+        ratio = ((second - first.square()).clamp(min=0.0) + self.floor) / self.target
+        terms = ratio - 1.0 - ratio.log() + (first - self.mean).square() / self.target
+        return 0.5 * terms.mean(-1)
+
+    def gradient(self, moments: torch.Tensor) -> torch.Tensor:
+        """dK / d moments, [2, C].
+
+        dK/dq = (1 - t / (v + f)) / (2 t C) and dK/dm = (m - n) / (t C) - 2 m dK/dq, with q the second moment,
+        v = q - m^2, n the running mean, t and f target and floor; 0 in q where rounding made v negative.
+        """
+        first, second = moments.unbind(-2)
+        variance = second - first.square()
+        slope = 0.5 / self.target - 0.5 / (variance.clamp(min=0.0) + self.floor)
+        slope = torch.where(variance >= 0.0, slope, 0.0)
+        return torch.stack([(first - self.mean) / self.target - 2.0 * first * slope, slope]) / first.numel()
 
 
 def _check_layers(running: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -1,0 +1,100 @@
+"""Refinement: hard graphs are edited until the teacher finds them convincing, by forward passes only."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from ..errors import check
+from ..graphs import GraphBatch
+from ..layout import PairLayout
+from ..teachers import Teacher
+from .refiner import Refiner, RefineResult, RefineSettings
+
+__all__ = ["RefineResult", "RefineSettings", "Refiner", "refine"]
+
+Progress = Callable[[int, dict[str, float]], None]
+
+
+def refine(
+    graphs: GraphBatch,
+    teacher: Teacher | nn.Module,
+    *,
+    steps: int = 2000,
+    lam_k: float = 3.0,
+    w_ce: float = 1.0,
+    cap: float = 0.1,
+    share: float = 0.3,
+    relabel: float = 0.6,
+    rewire: float = 0.9,
+    temperature: float = 0.0,
+    stop_k: float | None = None,
+    min_steps: int = 500,
+    seed: int = 0,
+    feature_kind: str | None = None,
+    edge_weights: tuple[PairLayout, torch.Tensor] | None = None,
+    graph_ids: Sequence[int] | None = None,
+    progress: Progress | None = None,
+    report_every: int = 50,
+) -> RefineResult:
+    """Change hard graphs edit by edit until the teacher finds them convincing.
+
+    Lowers ``lam_k * K + w_ce * mean_g max(CE_g - cap, 0)``: K is the divergence between the pool's BatchNorm
+    statistics and the running ones, CE_g the cross-entropy of graph g with its label. Forward passes
+    only, so any teacher module will do. For a search that can be saved and resumed, see :class:`Refiner`.
+
+    Args:
+        graphs: where to start: simple undirected graphs of weight 1 (sparse and connected is best, see
+            ``starts.random_trees``) with features x [N, F] and labels y, the classes equally often. Their sizes and
+            labels stay, their features only where they are labels.
+        teacher: a Teacher or any module that `as_teacher` accepts; stays frozen.
+        steps, lam_k, w_ce, cap, share, relabel, rewire, temperature, stop_k, min_steps: see :class:`RefineSettings`.
+        seed, feature_kind, edge_weights, graph_ids: see :class:`Refiner`.
+        progress: called with (step, metrics) every `report_every` steps and after the last.
+        report_every: how often.
+
+    Returns:
+        RefineResult. Equal input gives equal graphs.
+
+    Gradients:
+        None.
+
+    Raises:
+        InputError: a setting out of its range, or as in :class:`Refiner`.
+
+    Warns:
+        RuntimeWarning: the teacher has no BatchNorm, or K ended above 0.05.
+    """
+    check(isinstance(report_every, int) and report_every >= 1, "report_every", "1 or more steps", report_every)
+    settings = RefineSettings(
+        steps=steps,
+        lam_k=lam_k,
+        w_ce=w_ce,
+        cap=cap,
+        share=share,
+        relabel=relabel,
+        rewire=rewire,
+        temperature=temperature,
+        stop_k=stop_k,
+        min_steps=min_steps,
+    )
+    refiner = Refiner(
+        teacher,
+        graphs,
+        settings,
+        seed=seed,
+        feature_kind=feature_kind,
+        edge_weights=edge_weights,
+        graph_ids=graph_ids,
+    )
+    while not refiner.finished:
+        refiner.advance(report_every - refiner.step % report_every)
+        if progress is not None:
+            progress(refiner.step, refiner.metrics())
+    result = refiner.result()
+    if result.warning is not None:
+        warnings.warn(result.warning, RuntimeWarning, stacklevel=2)
+    return result

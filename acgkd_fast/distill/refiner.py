@@ -1,0 +1,363 @@
+"""The search behind ``refine``, as an object that can be stepped, saved and resumed.
+
+Each step edits a random share of the graphs, one edit each, runs the teacher once over those graphs, and
+keeps what lowers the energy (``energy.py``). The scores of all other graphs are cached.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError, check, check_choice, is_number
+from ..graphs import GraphBatch, _concatenated_ranges
+from ..layout import PairLayout
+from ..pseudo_graphs import FEATURE_KINDS
+from ..teachers import Teacher, as_teacher
+from .energy import Energy, GraphScores
+from .moves import EdgeLists, EdgeProposals, Edits, Lane, MoveMix, log_proposal_ratio, proposal_uniforms, propose
+from .statistics import BatchNormProbe
+
+# Above this K the prototype's pools taught their students little or nothing.
+K_WARNING = 0.05
+# Drawing for many steps at once spreads the hundreds of small tensor operations of the random stream.
+_COUNTERS_AT_ONCE = 2**14
+_STEPS_AT_ONCE = 64
+_CHECK_EVERY = 10
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """Settings of the search.
+
+    Attributes:
+        steps: at most this many, each with one forward pass over the chosen graphs.
+        lam_k: weight of K.
+        w_ce: weight of the cross-entropy term.
+        cap: cross-entropy of a graph below which nothing more is gained.
+        share: share of the graphs edited in a step, in (0, 1]; at least one is.
+        relabel: share of the moves that relabel a node, where features are labels.
+        rewire: share of the edge moves that move an edge's end; the others add and delete equally often.
+        temperature: 0 is greedy, above it Metropolis, in nats of one graph (see :class:`Refiner`).
+        stop_k: end once K is below this; None runs all steps.
+        min_steps: steps before which `stop_k` does not count.
+    """
+
+    steps: int = 2000
+    lam_k: float = 3.0
+    w_ce: float = 1.0
+    cap: float = 0.1
+    share: float = 0.3
+    relabel: float = 0.6
+    rewire: float = 0.9
+    temperature: float = 0.0
+    stop_k: float | None = None
+    min_steps: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "min_steps"):
+            value = getattr(self, name)
+            check(isinstance(value, int) and value >= 0, name, "an integer, 0 or more", value)
+        for name in ("lam_k", "w_ce", "cap", "temperature"):
+            value = getattr(self, name)
+            check(is_number(value) and 0.0 <= value < float("inf"), name, "a finite number, 0 or more", value)
+        for name in ("relabel", "rewire"):
+            value = getattr(self, name)
+            check(is_number(value) and 0.0 <= value <= 1.0, name, "a share in [0, 1]", value)
+        check(is_number(self.share) and 0.0 < self.share <= 1.0, "share", "a number in (0, 1]", self.share)
+        stop = self.stop_k
+        check(stop is None or (is_number(stop) and stop > 0.0), "stop_k", "None or a number above 0", stop)
+
+
+@dataclass(eq=False)
+class RefineResult:
+    """Refined graphs, and how convincing the teacher finds them (measured on them, from scratch).
+
+    Attributes:
+        graphs: the graphs of lowest energy seen, labels as given.
+        energy: float64 [steps + 1], energy of the pool before the first and after every step.
+        k: divergence K of the pool, None where the teacher has no BatchNorm.
+        cross_entropy: mean over the graphs.
+        agreement: share of the graphs to which the teacher gives their label.
+        steps: steps taken.
+        accepted: edits kept.
+        warning: what speaks against using the pool, or None.
+    """
+
+    graphs: GraphBatch
+    energy: torch.Tensor
+    k: float | None
+    cross_entropy: float
+    agreement: float
+    steps: int
+    accepted: int
+    warning: str | None
+
+
+class Refiner:
+    """The search over one pool of graphs.
+
+    Greedy (temperature 0): an edit passes if the linearised change of the energy is negative. Where all
+    that passed together raise the true energy, the most promising half of them is tried, then a
+    quarter, and so on; so the energy never rises.
+
+    Metropolis (temperature T > 0): an edit passes with chance min(1, exp(-B d / T) q), where d is the
+    linearised change of the energy, B the number of graphs and q the ratio of the proposal
+    chances. q is exact (``moves.log_proposal_ratio``). d is exact in the cross-entropy and to first order in K, and
+    graphs decide at the same time: the stationary distribution is therefore only approximately that of the energy.
+
+    Args:
+        teacher: a Teacher or any module that `as_teacher` accepts; stays frozen.
+        graphs: simple undirected graphs of weight 1, with labels `y`. Not changed.
+        settings: see :class:`RefineSettings`.
+        seed: key of the proposals; step t uses counter word t.
+        feature_kind: "one-hot" or "degree" for features that are free labels, "continuous" or
+            "constant" for features to be left alone. Default: what the teacher says, else whether every row
+            is one-hot.
+        edge_weights: (layout, logits): ends of new and moved edges are drawn in proportion to
+            sigmoid(logit); pairs without a logit are never proposed. Default: uniformly.
+        graph_ids: distinct ids that address the proposals; default 0..B-1.
+
+    Attributes:
+        step: steps taken.
+        accepted: edits kept.
+
+    Raises:
+        InputError: graphs that are not simple, labels or features that do not fit the teacher, a teacher
+            that answers with NaN or infinity, or a BatchNorm layer that sees neither nodes nor graphs.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher | nn.Module,
+        graphs: GraphBatch,
+        settings: RefineSettings,
+        *,
+        seed: int = 0,
+        feature_kind: str | None = None,
+        edge_weights: tuple[PairLayout, torch.Tensor] | None = None,
+        graph_ids: Sequence[int] | None = None,
+    ) -> None:
+        some = isinstance(graphs, GraphBatch) and graphs.num_graphs > 0
+        check(some, "graphs", "a GraphBatch of 1 graph or more", graphs)
+        self.teacher = as_teacher(teacher)
+        self.settings = settings
+        self.seed = seed
+        self.step = 0
+        self.accepted = 0
+        self._ptr, self._sizes, self._y = graphs.ptr, graphs.sizes, _checked_labels(graphs, self.teacher)
+        self._ids = PairLayout.complete(self._sizes.tolist(), graph_ids=graph_ids, device=graphs.x.device).table[2, :-1]
+        self._lists = EdgeLists.from_edges(graphs.edges)
+        self._x = graphs.x.detach().clone()
+        labelled = _features_are_labels(self._x, feature_kind or self.teacher.feature_kind)
+        self._num_labels = self._x.shape[1] if labelled else 0
+        self._label_rows = torch.eye(self._x.shape[1], dtype=self._x.dtype, device=self._x.device)
+        self._mix = MoveMix(settings.relabel if self._num_labels > 1 else 0.0, settings.rewire)
+        self._weights = None if edge_weights is None else EdgeProposals.from_logits(*edge_weights, self._ptr)
+        self._edited = max(1, round(settings.share * graphs.num_graphs))
+        self._draws, self._first_draw = torch.empty(0), 0
+        weights = settings.lam_k, settings.w_ce, settings.cap
+        self._energy, self._scores = Energy.start(*weights, self.teacher, self.graphs())
+        if self._energy.running is None:
+            warnings.warn(
+                "teacher: no BatchNorm layer with running statistics, so K is undefined and the search follows the "
+                "cross-entropy alone; such graphs taught the prototype's students little",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        self._total = self._scores.sums.sum(0)
+        self._excess = self._energy.excess(self._scores.loss).sum()
+        self._trace = [self._energy.value(self._total, self._excess)]
+        self._best = self._trace[0], self._lists.clone(), self._x.clone()
+
+    def graphs(self) -> GraphBatch:
+        """The graphs as they stand."""
+        return GraphBatch(self._x.clone(), self._lists.to_edges(self._ptr, self._x.shape[0]), self._y)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are taken, or K is as low as `stop_k` asks."""
+        settings = self.settings
+        if self.step >= settings.steps:
+            return True
+        if settings.stop_k is None or self.step < settings.min_steps or self.step % _CHECK_EVERY:
+            return False
+        return bool(self._energy.k(self._total) < settings.stop_k)
+
+    @torch.no_grad()
+    def advance(self, steps: int = 1) -> None:
+        """Take some steps, fewer where the search ends before."""
+        with BatchNormProbe(self.teacher.module) as probe:
+            for _ in range(steps):
+                if self.finished:
+                    return
+                self._advance(probe)
+
+    def metrics(self) -> dict[str, float]:
+        """``energy``, ``k`` (where defined), ``cross_entropy``, ``agreement`` and ``accepted`` as things stand."""
+        values = {
+            "energy": float(self._trace[-1]),
+            "cross_entropy": float(self._scores.loss.mean()),
+            "agreement": float(self._scores.hit.double().mean()),
+            "accepted": float(self.accepted),
+        }
+        if self._energy.running is not None:
+            values["k"] = float(self._energy.k(self._total))
+        return values
+
+    def _uniforms(self) -> torch.Tensor:
+        if not self._first_draw <= self.step < self._first_draw + self._draws.shape[0]:
+            ahead = min(_STEPS_AT_ONCE, max(1, _COUNTERS_AT_ONCE // (2 * self._ids.numel())))
+            self._draws, self._first_draw = proposal_uniforms(self._ids, self.step, ahead, self.seed), self.step
+            self._lists.reserve(ahead)
+        return self._draws[self.step - self._first_draw]
+
+    def _advance(self, probe: BatchNormProbe) -> None:
+        u = self._uniforms()
+        graphs = u[:, Lane.CHOICE].argsort(stable=True)[: self._edited].sort()[0]
+        u, sizes, before = u[graphs], self._sizes[graphs], self._lists.select(graphs)
+        edits = propose(before, sizes, u, self._mix, self._num_labels, weights=self._weights, graphs=graphs)
+
+        nodes, ptr = _concatenated_ranges(self._ptr, graphs)
+        x, row = self._x[nodes], ptr[:-1] + edits.node
+        old_rows = new_rows = x[row]
+        if self._num_labels > 1:
+            new_rows = self._label_rows[(old_rows.argmax(1) + edits.shift) % self._num_labels]
+            x[row] = new_rows
+        edges = before.edited(edits).to_edges(ptr, x.shape[0])
+        old = self._scores.select(graphs)
+        new = GraphScores.of(self.teacher, probe, GraphBatch(x, edges, self._y[graphs]))
+
+        # A graph on which the teacher answers NaN compares as not lower.
+        change = new.sums - old.sums
+        excess = self._energy.excess(new.loss) - self._energy.excess(old.loss)
+        delta = self._energy.first_order(self._total, change, excess)
+        keep = edits.valid & (delta < self._allowed(u, edits, before, sizes, graphs))
+        keep = self._settle(keep, delta, change, excess)
+
+        self._scores.put(graphs, new.where(keep, old))
+        self._lists.put(graphs, before, edits, keep)
+        if self._num_labels > 1:
+            self._x[nodes[row]] = torch.where(keep[:, None], new_rows, old_rows)
+        self.accepted += int(keep.sum())
+        self.step += 1
+        if self.settings.temperature > 0.0 and self.step % _CHECK_EVERY == 0 and bool(self._trace[-1] < self._best[0]):
+            self._best = self._trace[-1], self._lists.clone(), self._x.clone()
+
+    def _allowed(
+        self, u: torch.Tensor, edits: Edits, before: EdgeLists, sizes: torch.Tensor, graphs: torch.Tensor
+    ) -> torch.Tensor | float:
+        """The change of the energy below which an edit passes."""
+        if self.settings.temperature == 0.0:
+            return 0.0
+        ratio = log_proposal_ratio(edits, before.counts, sizes, self._weights, graphs)
+        return (ratio - u[:, Lane.ACCEPT].log()) * (self.settings.temperature / self._y.numel())
+
+    def _settle(
+        self, keep: torch.Tensor, delta: torch.Tensor, change: torch.Tensor, excess: torch.Tensor
+    ) -> torch.Tensor:
+        """Take over the sums of the edits that pass, and return which those are in the end."""
+        order = None
+        while True:
+            # where and not a product: a rejected edit may hold NaN.
+            total = self._total + torch.where(keep[:, None, None], change, 0.0).sum(0)
+            summed = self._excess + torch.where(keep, excess, 0.0).sum()
+            value = self._energy.value(total, summed)
+            if self.settings.temperature > 0.0 or bool(value <= self._trace[-1]):
+                self._total, self._excess = total, summed
+                self._trace.append(value)
+                return keep
+            if order is None:
+                order = torch.where(keep, delta, torch.inf).argsort(stable=True)
+            keep = torch.zeros_like(keep).index_fill_(0, order[: int(keep.sum()) // 2], True)
+
+    def result(self) -> RefineResult:
+        """The graphs of lowest energy, measured from scratch.
+
+        In Metropolis mode the lowest energy is looked for every 10 steps.
+        """
+        lists, x = self._lists, self._x
+        if self._best[0] < self._trace[-1]:
+            _, lists, x = self._best
+        graphs = GraphBatch(x.clone(), lists.to_edges(self._ptr, x.shape[0]), self._y)
+        energy, scores = Energy.start(self._energy.lam_k, self._energy.w_ce, self._energy.cap, self.teacher, graphs)
+        k = None if energy.running is None else float(energy.k(scores.sums.sum(0)))
+        warning = None
+        if k is not None and k > K_WARNING:
+            warning = (
+                f"k: expected at most {K_WARNING} of graphs that resemble the teacher's own, got {k:.3g}; "
+                "search longer, or start from another density"
+            )
+        return RefineResult(
+            graphs,
+            torch.stack(self._trace).cpu(),
+            k,
+            float(scores.loss.mean()),
+            float(scores.hit.double().mean()),
+            self.step,
+            self.accepted,
+            warning,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that another process needs to go on from here, bit for bit."""
+        best_energy, best_lists, best_x = self._best
+        return {
+            "step": self.step,
+            "accepted": self.accepted,
+            "lists": asdict(self._lists),
+            "x": self._x.clone(),
+            "scores": asdict(self._scores),
+            "total": self._total,
+            "excess": self._excess,
+            "trace": torch.stack(self._trace),
+            "best": {"energy": best_energy, "lists": asdict(best_lists), "x": best_x},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state of a search with the same teacher, graphs, settings and seed.
+
+        Raises:
+            InputError: a state of other graphs.
+        """
+        same = state["x"].shape == self._x.shape and state["lists"]["counts"].shape == self._lists.counts.shape
+        check(same, "state", "a search over as many graphs and nodes", state["x"])
+        state = _on(self._x.device, state)
+        self.step, self.accepted = state["step"], state["accepted"]
+        self._lists, self._x = EdgeLists(**state["lists"]), state["x"]
+        self._scores = GraphScores(**state["scores"])
+        self._total, self._excess = state["total"], state["excess"]
+        self._trace = list(state["trace"].unbind())
+        best = state["best"]
+        self._best = best["energy"], EdgeLists(**best["lists"]), best["x"]
+        self._draws, self._first_draw = torch.empty(0), 0
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """A copy of nested dictionaries with their tensors on a device."""
+    if isinstance(value, dict):
+        return {key: _on(device, item) for key, item in value.items()}
+    return value.to(device, copy=True) if isinstance(value, torch.Tensor) else value
+
+
+def _checked_labels(graphs: GraphBatch, teacher: Teacher) -> torch.Tensor:
+    y, classes = graphs.y, teacher.num_classes
+    if y is None or not 0 <= int(y.min()) <= int(y.max()) < classes:
+        got = "none" if y is None else f"labels {sorted(set(y.tolist()))}"
+        raise InputError(f"graphs.y: expected a label in 0..{classes - 1} for every graph, got {got}")
+    return y
+
+
+def _features_are_labels(x: torch.Tensor, kind: str | None) -> bool:
+    one_hot = bool(((x == 0) | (x == 1)).all()) and bool((x.sum(1) == 1).all())
+    if kind is None:
+        return one_hot
+    check_choice("feature_kind", kind, FEATURE_KINDS)
+    free = kind in ("one-hot", "degree")
+    check(one_hot or not free, "graphs.x", f"one-hot rows for feature_kind {kind!r}", x)
+    return free

@@ -1,0 +1,195 @@
+"""Start graphs: simple, connected, of the promised density and law, and independent of the batch."""
+
+from __future__ import annotations
+
+import networkx as nx
+import pytest
+import torch
+from helpers import dense, entries, philox_words
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from acgkd_fast import EdgeSample, InputError
+from acgkd_fast.distill.starts import balanced_labels, random_features, random_graphs, random_trees, sample_sizes
+from acgkd_fast.philox import Stream, graph_uniforms
+
+SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=6)
+
+
+def graphs_of(edges: EdgeSample) -> list[nx.Graph]:
+    """One networkx graph per graph of the batch, nodes numbered from 0."""
+    found = []
+    for first, stop in zip(edges.ptr[:-1].tolist(), edges.ptr[1:].tolist(), strict=True):
+        graph = nx.Graph()
+        graph.add_nodes_from(range(stop - first))
+        found.append(graph)
+    owner = torch.searchsorted(edges.ptr, torch.arange(edges.num_nodes), right=True) - 1
+    for row, col, _ in entries(edges):
+        assert owner[row] == owner[col], "an edge between two graphs"
+        first = int(edges.ptr[owner[row]])
+        found[int(owner[row])].add_edge(row - first, col - first)
+    return found
+
+
+def assert_simple(edges: EdgeSample) -> None:
+    """No self-loop, no repeated edge, both directions, weights 1, canonical CSR."""
+    positions = [(row, col) for row, col, _ in entries(edges)]
+    assert positions == sorted(set(positions))
+    assert all(row != col and (col, row) in set(positions) for row, col in positions)
+    assert edges.symmetric
+    assert (edges.value == 1).all()
+    assert edges.rowptr.dtype == edges.col.dtype == torch.int32
+    assert int(edges.rowptr[-1]) == edges.col.numel()
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=SIZES, extra=st.sampled_from([0.0, 0.08, 0.5, 3.0]), attachment=st.sampled_from([0.0, 0.5, 1.0]))
+def test_trees_are_simple_and_connected(sizes, extra, attachment):
+    edges = random_trees(sizes, extra_edges=extra, attachment=attachment, seed=sum(sizes))
+    assert_simple(edges)
+    assert edges.ptr.tolist() == [sum(sizes[:k]) for k in range(len(sizes) + 1)]
+    for graph, n in zip(graphs_of(edges), sizes, strict=True):
+        assert graph.number_of_nodes() == n
+        assert nx.is_connected(graph)
+        assert n - 1 <= graph.number_of_edges() <= n - 1 + extra * n + 1
+        if extra == 0.0:
+            assert graph.number_of_edges() == n - 1
+
+
+@pytest.mark.parametrize("n", [10, 20, 60])
+def test_mean_degree_is_what_the_docstring_says(n):
+    edges = random_trees([n] * 400, seed=1)
+    expected = 2 * 1.08 - 2 / n
+    # Each of 400 n slots rounds up or down, and a few find no room.
+    assert edges.num_edges / edges.num_nodes == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("attachment", [0.0, 0.5, 1.0])
+def test_parents_are_drawn_in_proportion_to_a_power_of_their_degree(attachment):
+    count = 6000
+    trees = graphs_of(random_trees([4] * count, extra_edges=0.0, attachment=attachment, seed=3))
+    # Three nodes always form a path; the fourth joins its middle with chance 2^a / (2 + 2^a), which makes a star.
+    stars = sum(max(dict(tree.degree).values()) == 3 for tree in trees) / count
+    expected = 2**attachment / (2 + 2**attachment)
+    assert stars == pytest.approx(expected, abs=4 * (expected * (1 - expected) / count) ** 0.5)
+
+
+def test_extra_edges_close_rings_of_three_to_six_about_equally_often():
+    trees = graphs_of(random_trees([30] * 3000, extra_edges=1 / 30, seed=5))
+    lengths = [len(nx.cycle_basis(tree)[0]) for tree in trees if tree.number_of_edges() == 30]
+    assert len(lengths) > 2850
+    share = {size: lengths.count(size) / len(lengths) for size in set(lengths)}
+    # A fifth each by name, and some more from the fifth that joins any pair.
+    assert all(0.18 < share[size] < 0.28 for size in (3, 4, 5, 6)), share
+    assert 0.02 < 1 - sum(share[size] for size in (3, 4, 5, 6)) < 0.2
+
+
+def test_graphs_do_not_depend_on_their_batch():
+    sizes, ids = [7, 12, 1, 30, 5], [4, 900, 2**32 - 1, 0, 17]
+    together = graphs_of(random_trees(sizes, extra_edges=0.4, seed=8, graph_ids=ids))
+    for order in ([4, 3, 2, 1, 0], [3], [1, 4]):
+        again = random_trees([sizes[g] for g in order], extra_edges=0.4, seed=8, graph_ids=[ids[g] for g in order])
+        for graph, other in zip(graphs_of(again), order, strict=True):
+            assert set(graph.edges) == set(together[other].edges)
+    assert set(graphs_of(random_trees([30], seed=9, graph_ids=[0]))[0].edges) != set(together[3].edges)
+
+
+def test_long_trees_cross_the_blocks_of_draws():
+    # 2^18 draws are enough for 4096 positions of two graphs.
+    edges = random_trees([9000, 8500, 3], seed=2)
+    assert edges.num_edges / edges.num_nodes == pytest.approx(2.16, abs=0.01)
+    # Columns ascend, so the first of a row is its smallest neighbour: an earlier node for all but the three roots.
+    smallest = edges.col[edges.rowptr[:-1].long()]
+    assert (smallest > torch.arange(edges.num_nodes)).nonzero().flatten().tolist() == edges.ptr[:-1].tolist()
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=SIZES, degree=st.sampled_from([0.0, 1.0, 2.5, 100.0]))
+def test_random_graphs_are_simple(sizes, degree):
+    edges = random_graphs(sizes, degree, seed=4)
+    assert_simple(edges)
+    graphs_of(edges)
+    adjacency = dense(edges)
+    if degree == 0.0:
+        assert adjacency.sum() == 0
+    if degree == 100.0:
+        assert adjacency.sum() == sum(n * (n - 1) for n in sizes)
+
+
+def test_random_graphs_reach_the_mean_degree():
+    edges = random_graphs([20] * 300, 2.2, seed=6)
+    deviation = (2 * 2 * 2.2 * 0.88 / 6000) ** 0.5
+    assert edges.num_edges / 6000 == pytest.approx(2.2, abs=4 * deviation)
+    assert torch.equal(edges.col, random_graphs([20] * 300, 2.2, seed=6).col)
+    assert not torch.equal(edges.rowptr, random_graphs([20] * 300, 2.2, seed=7).rowptr)
+
+
+def test_features_of_every_kind():
+    edges = random_trees([6, 1, 9], seed=0)
+    labels = random_features("one-hot", 5, 4000, seed=1)
+    assert ((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all()
+    assert labels.mean(0).sub(0.2).abs().max() < 4 * (0.2 * 0.8 / 4000) ** 0.5
+    assert torch.equal(random_features("constant", 3, 4, seed=1), torch.ones(4, 3))
+    normal = random_features("continuous", 5, 4000, seed=1)
+    assert normal.mean().abs() < 0.03 and normal.std().sub(1).abs() < 0.03
+    degrees = random_features("degree", 3, 16, seed=1, edges=edges)
+    assert torch.equal(degrees.argmax(1), dense(edges).sum(1).clamp(max=2).long())
+    assert (degrees.sum(1) == 1).all()
+    assert torch.equal(random_features("one-hot", 5, 9, seed=1), random_features("one-hot", 5, 9, seed=1))
+    assert not torch.equal(random_features("one-hot", 5, 9, seed=1), random_features("one-hot", 5, 9, seed=2))
+
+
+def test_sizes_and_labels():
+    sizes = sample_sizes((10, 29), 2000, seed=3)
+    assert set(sizes) == set(range(10, 30))
+    assert sample_sizes((5, 5), 3, seed=0) == (5, 5, 5)
+    assert balanced_labels(10, 3, seed=0).bincount().tolist() == [4, 3, 3]
+    assert not torch.equal(balanced_labels(40, 2, seed=0), balanced_labels(40, 2, seed=1))
+    assert balanced_labels(0, 2, seed=0).dtype == torch.int64
+
+
+def test_nothing_touches_the_global_random_state():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    edges = random_trees([8, 3], seed=1)
+    random_graphs([8, 3], 2.0, seed=1)
+    for kind in ("one-hot", "constant", "continuous", "degree"):
+        random_features(kind, 4, 11, seed=1, edges=edges)
+    sample_sizes((1, 9), 5, seed=1)
+    balanced_labels(5, 2, seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_graph_uniforms_come_from_the_documented_words():
+    ids, steps = torch.tensor([7, 2**32 - 1]), torch.tensor([[0], [5], [2**31 + 3]])
+    drawn = graph_uniforms(ids, steps, 6, stream=Stream.INIT, seed=-3)
+    assert drawn.shape == (3, 2, 6) and drawn.dtype == torch.float64
+    for s, step in enumerate(steps.flatten().tolist()):
+        for g, graph in enumerate(ids.tolist()):
+            words = philox_words((0, graph, step, 2), -3) + philox_words((1, graph, step, 2), -3)
+            assert drawn[s, g].tolist() == [((word >> 9) + 0.5) / 2**23 for word in words[:6]]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: random_trees([3, 0], seed=0), "sizes: expected at least 1 node"),
+        (lambda: random_trees([3], extra_edges=-0.1, seed=0), "extra_edges: expected"),
+        (lambda: random_trees([3], attachment=1.5, seed=0), "attachment: expected an exponent in"),
+        (lambda: random_trees([3, 3], seed=0, graph_ids=[1, 1]), "graph_ids: expected distinct ids"),
+        (lambda: random_graphs([3], -1.0, seed=0), "mean_degree: expected"),
+        (lambda: random_features("two-hot", 3, 2, seed=0), "kind: expected one of"),
+        (lambda: random_features("one-hot", 0, 2, seed=0), "num_features: expected"),
+        (lambda: random_features("degree", 3, 2, seed=0), "edges: expected edges of 2 nodes"),
+        (lambda: random_features("degree", 3, 2, seed=0, edges=random_trees([3], seed=0)), "got 3 nodes"),
+        (lambda: random_features("constant", 3, -2, seed=0), "num_nodes: expected"),
+        (lambda: sample_sizes((5, 4), 1, seed=0), "prior: expected"),
+        (lambda: sample_sizes((0, 4), 1, seed=0), "prior: expected"),
+        (lambda: sample_sizes((1, 4), -1, seed=0), "count: expected"),
+        (lambda: balanced_labels(3, 0, seed=0), "num_classes: expected"),
+        (lambda: random_features("one-hot", 3, 2, seed=2**64), "seed: expected"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
