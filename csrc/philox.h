@@ -27,17 +27,22 @@ ACGKD_SHARED Key key_of(int64_t seed) {
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32)};
 }
 
+constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
+
+ACGKD_SHARED void advance(Key& key) {
+  key.low += 0x9E3779B9u;
+  key.high += 0xBB67AE85u;
+}
+
 // Replaces the counter words by the four output words.
 ACGKD_SHARED void philox(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, Key key) {
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
-    const uint64_t product1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+  for (int round = 0; round < kPhiloxRounds; ++round, advance(key)) {
+    const uint64_t product0 = static_cast<uint64_t>(c0) * kMultiplier0;
+    const uint64_t product1 = static_cast<uint64_t>(c2) * kMultiplier1;
     c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ key.low;
     c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ key.high;
     c1 = static_cast<uint32_t>(product1);
     c3 = static_cast<uint32_t>(product0);
-    key.low += 0x9E3779B9u;
-    key.high += 0xBB67AE85u;
   }
 }
 

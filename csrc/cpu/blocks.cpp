@@ -66,29 +66,6 @@ ACGKD_SHARED uint64_t absent(const Real* u, const Real* bell, Real rate) {
 
 }  // namespace
 
-ACGKD_CLONES void words_block(const Address& address, uint32_t counter, uint32_t* words) {
-  constexpr int kCounters = kLanes / 4;
-  uint32_t out[4][kCounters];
-  for (int i = 0; i < kCounters; ++i) {
-    uint32_t c0 = counter + i, c1 = address.graph, c2 = address.step, c3 = address.stream;
-    philox(c0, c1, c2, c3, address.key);
-    out[0][i] = c0, out[1][i] = c1, out[2][i] = c2, out[3][i] = c3;
-  }
-  for (int i = 0; i < kCounters; ++i) {
-    for (int lane = 0; lane < 4; ++lane) words[4 * i + lane] = out[lane][i];
-  }
-}
-
-ACGKD_CLONES void words_scattered(const Address& address, const uint32_t* counters, const uint32_t* lanes,
-                                  const uint32_t* graphs, uint32_t* words) {
-  for (int i = 0; i < kLanes; ++i) {
-    uint32_t c0 = counters[i], c1 = graphs[i], c2 = address.step, c3 = address.stream;
-    philox(c0, c1, c2, c3, address.key);
-    const uint32_t even = lanes[i] & 2 ? c2 : c0, odd = lanes[i] & 2 ? c3 : c1;
-    words[i] = lanes[i] & 1 ? odd : even;
-  }
-}
-
 // target_clones does not reach templates, hence one overload per type.
 #define ACGKD_FOR_TYPE(Real)                                                                                 \
   template <>                                                                                                \

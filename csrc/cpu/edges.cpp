@@ -24,8 +24,8 @@ class PairWalk {
       const int64_t end = ahead < n_ ? ahead : ahead - n_;
       low = std::min(start, end), high = std::max(start, end);
     } else {
-      if (local >= next_) high_ = complete_high(local), next_ = triangle(high_ + 1);
-      high = high_, low = local - triangle(high_);
+      while (local >= next_) next_ += ++high_;
+      high = high_, low = local - (next_ - high_);
     }
     if (swapped) return {high, low};
     return {low, high};

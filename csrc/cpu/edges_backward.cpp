@@ -69,14 +69,17 @@ void flush(const Draw& draw, Batch<WideOf<Stored>>& batch, Stored* grad_logits) 
   batch.size = 0;
 }
 
-// Gradient that arrived at the opposite direction of entry (row, col), found by bisection of row `col`.
+// Gradient that arrived at the opposite direction of entry e = (row, col).
 template <typename Stored>
-WideOf<Stored> mirrored_grad(const Matrix& sample, const int64_t* pair, const Stored* grad, int64_t row, int64_t e) {
-  const int32_t other = sample.col[e];
+WideOf<Stored> mirrored_grad(const Matrix& sample, const int64_t* pair, const Stored* grad, int64_t row, int64_t e,
+                             int64_t first_node) {
+  const int32_t other = sample.col[e], wanted = static_cast<int32_t>(row);
   const int32_t* begin = sample.col + sample.rowptr[other];
   const int32_t* end = sample.col + sample.rowptr[other + 1];
-  const int32_t* found = std::lower_bound(begin, end, static_cast<int32_t>(row));
-  if (found == end || *found != row || pair[found - sample.col] != pair[e]) return 0;
+  // A full row needs no search: it skips its own node only.
+  const int32_t* found = begin + (row - first_node - 1);
+  if (found >= end || *found != wanted) found = std::lower_bound(begin, end, wanted);
+  if (found == end || *found != wanted || pair[found - sample.col] != pair[e]) return 0;
   return static_cast<WideOf<Stored>>(grad[found - sample.col]);
 }
 
@@ -115,7 +118,7 @@ Tensor sample_edges_backward(const Tensor& grad_value, const Tensor& rowptr, con
           // Of the two directions of an edge, the lower triangle speaks for both.
           if (!directed && sample.col[e] > row) break;
           WideOf<Stored> total = static_cast<WideOf<Stored>>(grad[e]);
-          if (!directed) total += mirrored_grad(sample, pairs, grad, row, e);
+          if (!directed) total += mirrored_grad(sample, pairs, grad, row, e, graph.first_node);
           batch.add(graph, pairs[e], static_cast<WideOf<Stored>>(theta[pairs[e]]), total);
           if (batch.size == kLanes) flush(draw, batch, out);
         }

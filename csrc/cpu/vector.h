@@ -54,6 +54,27 @@ ACGKD_SHARED Real power_of_two(typename Format<Real>::Int k) {
 
 constexpr double inverse_factorial(int n) { return n <= 1 ? 1.0 : inverse_factorial(n - 1) / n; }
 
+// 1 / term! + r / (term + 1)! + ... up to r^last. Recursive, because loops of this length stay loops, and a loop
+// inside keeps the one over lanes from being vectorised.
+template <int term, int last, typename Real>
+ACGKD_SHARED Real exponential_series(Real r) {
+  if constexpr (term == last) {
+    return Real(inverse_factorial(term));
+  } else {
+    return exponential_series<term + 1, last>(r) * r + Real(inverse_factorial(term));
+  }
+}
+
+// 1 / (2 term + 1) + square / (2 term + 3) + ...
+template <int term, int last, typename Real>
+ACGKD_SHARED Real arctangent_series(Real square) {
+  if constexpr (term == last) {
+    return Real(1) / Real(2 * term + 1);
+  } else {
+    return arctangent_series<term + 1, last>(square) * square + Real(1) / Real(2 * term + 1);
+  }
+}
+
 // exp(x): x = k ln 2 + r, Taylor series in r. About 1 ulp; 0 and infinity where they belong, NaN stays NaN.
 template <typename Real>
 ACGKD_SHARED Real exponential(Real x) {
@@ -67,8 +88,7 @@ ACGKD_SHARED Real exponential(Real x) {
   const Real count = shifted - magic;
   const Int k = bits_as<Int>(shifted) - bits_as<Int>(magic);
   const Real r = (x - count * F::kLn2High) - count * F::kLn2Low;
-  Real sum = Real(0);
-  for (int term = F::kExpTerms; term >= 0; --term) sum = sum * r + Real(inverse_factorial(term));
+  const Real sum = exponential_series<0, F::kExpTerms>(r);
   // In two steps, because 2^k alone overflows or vanishes at the ends of the range.
   const Int half = k >> 1;
   return sum * power_of_two<Real>(half) * power_of_two<Real>(k - half);
@@ -84,8 +104,7 @@ ACGKD_SHARED Real logarithm(Real x) {
   const Real m = bits_as<Real>(static_cast<Int>(bits - (k << F::kMantissa)));
   const Real s = (m - Real(1)) / (m + Real(1));
   const Real square = s * s;
-  Real sum = Real(0);
-  for (int term = F::kLogTerms; term >= 1; --term) sum = sum * square + Real(1) / Real(2 * term + 1);
+  const Real sum = arctangent_series<1, F::kLogTerms>(square);
   const Real count = static_cast<Real>(k);
   return (count * F::kLn2Low + (Real(2) * s + Real(2) * s * square * sum)) + count * F::kLn2High;
 }
