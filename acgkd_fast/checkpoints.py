@@ -187,7 +187,7 @@ _GFKD_NAMES = (
     (r"ginlayers\.(\d+)\.eps", r"blocks.\1.conv.eps"),
     (r"ginlayers\.(\d+)\.apply_func\.mlp\.linears\.0\.", r"blocks.\1.conv.nn.0."),
     (r"ginlayers\.(\d+)\.apply_func\.mlp\.(?:norm_list|batch_norms)\.0\.", r"blocks.\1.conv.nn.1."),
-    (r"ginlayers\.(\d+)\.apply_func\.mlp\.linears\.1\.", r"blocks.\1.conv.nn.3."),
+    (r"ginlayers\.(\d+)\.apply_func\.mlp\.linears\.1\.", r"blocks.\1.conv.nn.2."),
     (r"ginlayers\.(\d+)\.apply_func\.(?:norm|bn)\.", r"blocks.\1.norm."),
     (r"linears_prediction\.", r"classifier."),
 )

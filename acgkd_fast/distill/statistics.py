@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError, check
+from ..normalize import column_moments
 from ..propagate import readout
 
 
@@ -179,7 +180,7 @@ def running_stats_norm(inputs: list[torch.Tensor], running: list[tuple[torch.Ten
     _check_layers(running)
     terms = []
     for features, (mean, variance) in zip(inputs, running, strict=True):
-        spread, centre = torch.var_mean(features, dim=0, correction=0)
+        centre, spread = column_moments(features)
         terms.append(torch.linalg.vector_norm(centre - mean) + torch.linalg.vector_norm(spread - variance))
     return torch.stack(terms).sum()
 

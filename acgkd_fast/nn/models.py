@@ -11,6 +11,7 @@ from ..errors import InputError, check, check_choice, check_tensor
 from ..graphs import EdgeSample
 from ..propagate import readout
 from .conv import Edges, GCNConv, GINConv, as_edges
+from .norm import BatchNormReLU
 
 READOUTS = ("sum", "mean", "max")
 _ARCH = re.compile(r"(gcn|gin)(\d+)-(\d+)")
@@ -22,12 +23,12 @@ class Block(nn.Module):
     def __init__(self, conv: GCNConv | GINConv, width: int, residual: bool) -> None:
         super().__init__()
         self.conv = conv
-        self.norm = nn.BatchNorm1d(width)
+        self.norm = BatchNormReLU(width)
         self.residual = residual
 
     def forward(self, x: torch.Tensor, edges: EdgeSample) -> torch.Tensor:
-        h = torch.relu(self.norm(self.conv(x, edges)))
-        return h + x if self.residual else h
+        out: torch.Tensor = self.norm(self.conv(x, edges), x if self.residual else None)
+        return out
 
 
 class GraphClassifier(nn.Module):
@@ -150,7 +151,7 @@ def build_model(
 def _convolution(kind: str, before: int, width: int) -> GCNConv | GINConv:
     if kind == "gcn":
         return GCNConv(before, width)
-    mlp = nn.Sequential(nn.Linear(before, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width))
+    mlp = nn.Sequential(nn.Linear(before, width), BatchNormReLU(width), nn.Linear(width, width))
     return GINConv(mlp)
 
 

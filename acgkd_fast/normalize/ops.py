@@ -1,0 +1,67 @@
+"""Operators of column statistics and frozen BatchNorm: schemas, fakes and gradients.
+
+See ``edges/ops.py`` for why gradients are attached with ``register_autograd``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .._library import define
+from ..edges.reference import compute_dtype
+from . import reference
+
+_STATISTICS = "Tensor mean, Tensor variance, Tensor weight, Tensor bias, float eps"
+
+
+def _moments_fake(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = compute_dtype(x.dtype)
+    return x.new_empty(x.shape[1], dtype=wide), x.new_empty(x.shape[1], dtype=wide)
+
+
+COLUMN_MOMENTS = define("column_moments(Tensor x) -> (Tensor, Tensor)", reference.column_moments, _moments_fake)
+COLUMN_MOMENTS_BACKWARD = define(
+    "column_moments_backward(Tensor grad_mean, Tensor grad_variance, Tensor x, Tensor mean) -> Tensor",
+    reference.column_moments_backward,
+    lambda grad_mean, grad_variance, x, mean: torch.empty_like(x),
+)
+FROZEN_NORM_RELU = define(
+    f"frozen_norm_relu(Tensor x, Tensor? residual, {_STATISTICS}) -> Tensor",
+    reference.frozen_norm_relu,
+    lambda x, *_: torch.empty_like(x),
+)
+FROZEN_NORM_RELU_BACKWARD = define(
+    f"frozen_norm_relu_backward(Tensor grad_out, Tensor x, {_STATISTICS}) -> Tensor",
+    reference.frozen_norm_relu_backward,
+    lambda grad_out, x, *_: torch.empty_like(x),
+)
+
+
+def _moments_setup(ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.save_for_backward(inputs[0], output[0])
+
+
+def _moments_backward(ctx: Any, grad_mean: torch.Tensor, grad_variance: torch.Tensor) -> torch.Tensor:
+    x, mean = ctx.saved_tensors
+    grad: torch.Tensor = torch.ops.acgkd_fast.column_moments_backward(
+        grad_mean.contiguous(), grad_variance.contiguous(), x, mean
+    )
+    return grad
+
+
+def _frozen_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, residual, *statistics, eps = inputs
+    ctx.save_for_backward(x, *statistics)
+    ctx.eps = eps
+    ctx.has_residual = residual is not None
+
+
+def _frozen_backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    grad_x = torch.ops.acgkd_fast.frozen_norm_relu_backward(grad_out.contiguous(), *ctx.saved_tensors, ctx.eps)
+    return grad_x, grad_out if ctx.has_residual else None, None, None, None, None, None
+
+
+torch.library.register_autograd(COLUMN_MOMENTS, _moments_backward, setup_context=_moments_setup)
+torch.library.register_autograd(FROZEN_NORM_RELU, _frozen_backward, setup_context=_frozen_setup)

@@ -1,0 +1,68 @@
+"""Column statistics and frozen BatchNorm in plain torch: the oracle of the fused kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from ..edges.reference import compute_dtype
+
+
+def column_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance over the rows, [C] each; zeros without rows."""
+    wide = x.to(compute_dtype(x.dtype))
+    if x.shape[0] == 0:
+        return wide.new_zeros(x.shape[1]), wide.new_zeros(x.shape[1])
+    variance, mean = torch.var_mean(wide, dim=0, correction=0)
+    return mean, variance
+
+
+def column_moments_backward(
+    grad_mean: torch.Tensor, grad_variance: torch.Tensor, x: torch.Tensor, mean: torch.Tensor
+) -> torch.Tensor:
+    """(grad_mean + 2 (x - mean) grad_variance) / rows, [N, C]."""
+    rows = max(x.shape[0], 1)
+    grad = (grad_mean + 2.0 * (x.to(mean.dtype) - mean) * grad_variance) / rows
+    return grad.to(x.dtype)
+
+
+def _normalised(
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = compute_dtype(x.dtype)
+    scale = weight.to(wide) * (variance.to(wide) + eps).rsqrt()
+    return (x.to(wide) - mean.to(wide)) * scale + bias.to(wide), scale
+
+
+def frozen_norm_relu(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """relu((x - mean) / sqrt(variance + eps) * weight + bias) (+ residual), [N, C]."""
+    out = torch.relu(_normalised(x, mean, variance, weight, bias, eps)[0])
+    if residual is not None:
+        out = out + residual.to(out.dtype)
+    return out.to(x.dtype)
+
+
+def frozen_norm_relu_backward(
+    grad_out: torch.Tensor,
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """Gradient of x, [N, C]: grad_out times the scale where the rectifier passes."""
+    value, scale = _normalised(x, mean, variance, weight, bias, eps)
+    return torch.where(value <= 0, 0.0, grad_out.to(scale.dtype) * scale).to(x.dtype)
