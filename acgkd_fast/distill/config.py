@@ -40,6 +40,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         check(self.num_graphs >= 1, "num_graphs", "at least 1", self.num_graphs)
         check(0.0 < self.xi <= 1.0, "xi", "a number in (0, 1]", self.xi)
+        if self.student.redraw and (self.learn.steps == 0 or self.refine.steps > 0):
+            raise InputError(
+                "student.redraw: expected a learning stage and no refinement, whose hard graphs cannot be drawn anew, "
+                f"got learn.steps={self.learn.steps}, refine.steps={self.refine.steps}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -26,6 +26,7 @@ from ..checkpoints import load_graphs, load_model, save_graphs, save_model
 from ..errors import InputError, check
 from ..files import load_state, save_state, write_text
 from ..graphs import GraphBatch
+from ..nn.models import parse_arch
 from ..pseudo_graphs import PseudoGraphs
 from ..report import write_report
 from ..teachers import Teacher, as_teacher, evaluate
@@ -85,6 +86,7 @@ class Run:
         resume: bool = False,
         progress: Progress | None = None,
     ) -> None:
+        parse_arch(student)
         self.folder = folder
         self.teacher = as_teacher(teacher)
         self.config = config
@@ -204,7 +206,7 @@ class Run:
         saver = _Saver(self._state / "learn.safetensors", learner.state_dict)
         if saver.path.exists():
             learner.load_state_dict(load_state(saver.path))
-            self.metrics.rewind("learn", learner.step)
+        self.metrics.rewind("learn", learner.step)
         while learner.step < total:
             terms = learner.advance()
             if learner.step % 10 == 0 or learner.step == total:
@@ -225,7 +227,7 @@ class Run:
         saver = _Saver(self._state / "refine.safetensors", refiner.state_dict)
         if saver.path.exists():
             refiner.load_state_dict(load_state(saver.path))
-            self.metrics.rewind("refine", refiner.step)
+        self.metrics.rewind("refine", refiner.step)
         while not refiner.finished:
             refiner.advance(min(_REFINE_STEPS, total - refiner.step))
             self._report("refine", refiner.step, total, refiner.metrics())
@@ -248,8 +250,7 @@ class Run:
         if done.exists():
             return load_model(done)[0]
         partial = self._state / f"{name}-partial.safetensors"
-        if partial.exists():
-            self.metrics.rewind(name, int(load_state(partial)["epoch"]))
+        self.metrics.rewind(name, load_state(partial)["epoch"] if partial.exists() else 0)
         model = distill_student(
             self.teacher,
             pool,
