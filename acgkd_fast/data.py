@@ -273,6 +273,7 @@ def _read_tu(name: str, source: list[Path], cache: Path) -> tuple[GraphBatch, st
             if dataset.num_node_labels == 0 and dataset.num_node_attributes > 0:
                 dataset = TUDataset(root=folder, name=name, use_node_attr=True)
             batch: Any = Batch.from_data_list(list(dataset))
+            labelled = len((raw / f"{name}_graph_labels.txt").read_text().split())
     except OSError as error:
         raise DataError(f"{name}: expected to unpack into {cache}, got an error ({error.strerror or error})") from error
     except (zipfile.BadZipFile, NotImplementedError, ValueError, IndexError, RuntimeError, TypeError) as error:
@@ -281,6 +282,11 @@ def _read_tu(name: str, source: list[Path], cache: Path) -> tuple[GraphBatch, st
         raise DataError(
             f"{name}: expected TUDataset files in {source[0]}, got some that do not parse ({error})"
         ) from error
+    if batch.num_graphs != labelled:
+        raise DataError(
+            f"{name}: expected {labelled} graphs, got the first {batch.num_graphs} "
+            "(torch-geometric leaves out the last ones where they have no edges)"
+        )
     if batch.y is None or batch.y.is_floating_point():
         raise DataError(f"{name}: expected a class for every graph, got {'numbers' if batch.y is not None else 'none'}")
     if batch.x is None:
