@@ -48,21 +48,11 @@ def reference_kernels() -> Iterator[set[str]]:
 
 
 @pytest.fixture(scope="module", params=KERNELS)
-def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run a module's tests once per kind of kernel; the test's id says which.
-
-    Uninitialised memory is filled with NaN (for integers the largest value), in the native kernels'
-    outputs too, so that an entry nobody wrote cannot pass for a zero.
-    """
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        # Without the extension the dispatcher runs the oracle by itself.
-        with reference_kernels() if _built and request.param == "reference" else nullcontext():
-            yield request.param
-    finally:
-        torch.use_deterministic_algorithms(before)
+def kernels(request: pytest.FixtureRequest, poison: None) -> Iterator[str]:
+    """Run a module's tests once per kind of kernel, in poisoned memory; the test's id says which kind."""
+    # Without the extension the dispatcher runs the oracle by itself.
+    with reference_kernels() if _built and request.param == "reference" else nullcontext():
+        yield request.param
 
 
 def make_layout(kind: str, sizes: list[int], xi: float = 0.5, **options) -> PairLayout:
