@@ -32,6 +32,19 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # Without a GPU to ask: what torch's own CUDA 12.8 and 13 wheels serve, as far as nvcc knows them.
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 
+DEBUG = os.environ.get("DEBUG", "0") == "1"
+FLAGS = {
+    "cxx": [
+        *(["-O0", "-g"] if DEBUG else ["-O3"]),
+        "-fvisibility=hidden",
+        # What vector code needs of -ffast-math; infinities and NaN keep their meaning.
+        *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+        *("-Wall", "-Wno-psabi"),
+        STABLE_ABI,
+    ],
+    "nvcc": [*(["-O0", "-G"] if DEBUG else ["-O3", "-lineinfo"]), "-Xcompiler", "-fvisibility=hidden", STABLE_ABI],
+}
+
 
 def stop(message: str) -> SystemExit:
     return SystemExit(f"acgkd-fast: error: {message}")
@@ -61,6 +74,11 @@ def nvcc_says(home: Path, option: str) -> str:
     return subprocess.run([home / "bin/nvcc", option], capture_output=True, text=True, check=True).stdout
 
 
+def cuda_version(home: Path) -> str:
+    found = re.search(r"release (\d+\.\d+)", nvcc_says(home, "--version"))
+    return found.group(1) if found else "unknown"
+
+
 def why_no_cuda(home: Path | None, forced: bool) -> str | None:
     """Why CUDA kernels cannot be built, or None if they can."""
     import torch
@@ -71,10 +89,9 @@ def why_no_cuda(home: Path | None, forced: bool) -> str | None:
         return "there are no CUDA sources"
     if torch.version.cuda is None:
         return None if forced else f"torch {torch.__version__} has no CUDA"
-    found = re.search(r"release (\d+)\.", nvcc_says(home, "--version"))
-    major = found.group(1) if found else "unknown"
-    if major != torch.version.cuda.split(".")[0]:
-        return f"nvcc is CUDA {major}, torch {torch.__version__} was built with CUDA {torch.version.cuda}"
+    version = cuda_version(home)
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {version}, torch {torch.__version__} of CUDA {torch.version.cuda}"
     return None
 
 
@@ -90,8 +107,8 @@ def make_plan() -> Plan:
     home = find_cuda_home()
     obstacle = why_no_cuda(home, forced)
     if obstacle is None:
-        asked = "ACGKD_FAST_BUILD=cuda" if choice == "cuda" else "FORCE_CUDA=1" if forced else "nvcc and a CUDA torch found"
-        return Plan("cpu+cuda", asked, home)
+        asked = "ACGKD_FAST_BUILD=cuda" if choice == "cuda" else "FORCE_CUDA=1"
+        return Plan("cpu+cuda", asked if forced else "nvcc and a torch with CUDA were found", home)
     if forced:
         raise stop(f"CUDA kernels were asked for, but {obstacle}")
     return Plan("cpu", f"no CUDA kernels: {obstacle}")
@@ -99,7 +116,7 @@ def make_plan() -> Plan:
 
 def extension(name: str, folder: str, suffix: str) -> Extension:
     sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(f"csrc/{folder}/*{suffix}"))
-    headers = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h")) + ["setup.py"]
+    headers = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h"))
     return Extension(f"acgkd_fast.{name}", sources, depends=headers, py_limited_api=True)
 
 
@@ -146,7 +163,7 @@ def native_build() -> type[build_ext]:
     except ImportError:
         return BuildWithoutTorch
 
-    class BuildNative(cpp_extension.BuildExtension):  # type: ignore[misc]
+    class BuildNative(cpp_extension.BuildExtension):
         """Settles the plan only when something is really built, so that metadata never fails."""
 
         def finalize_options(self) -> None:
@@ -162,36 +179,29 @@ def native_build() -> type[build_ext]:
 
         def build_extensions(self) -> None:
             assert self.plan is not None
-            debug = os.environ.get("DEBUG", "0") == "1"
-            optimise = ["-O0", "-g"] if debug else ["-O3"]
-            cxx = [*optimise, "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
-            common = [STABLE_ABI]
-            archs = None
-            if self.plan.cuda_home is not None:
-                archs = arch_list(self.plan.cuda_home)
+            details: dict[str, Any] = {"torch": str(torch.__version__), "cuda": None, "arch_list": None}
+            home = self.plan.cuda_home
+            if home is not None:
+                archs = arch_list(home)
                 if archs:
                     os.environ["TORCH_CUDA_ARCH_LIST"] = archs
                 # torch looks for a toolkit only if it has CUDA itself.
-                cpp_extension.CUDA_HOME = str(self.plan.cuda_home)
+                cpp_extension.CUDA_HOME = str(home)
+                details.update(cuda=cuda_version(home), arch_list=archs or "of the visible GPU")
             for ext in self.extensions:
                 device = "cuda" if ext.name.endswith("_cuda") else "cpu"
                 ext.include_dirs = [str(ROOT / "csrc"), *cpp_extension.include_paths(device)]
                 ext.library_dirs = cpp_extension.library_paths(device)
                 ext.libraries = ["c10", "torch", "torch_cpu"]
-                nvcc = [*(["-O0", "-G"] if debug else ["-O3", "-lineinfo"]), "-Xcompiler", "-fvisibility=hidden"]
-                ext.extra_compile_args = {"cxx": cxx + common, "nvcc": nvcc + common}
+                ext.extra_compile_args = {language: list(flags) for language, flags in FLAGS.items()}
                 if device == "cuda":
                     # Static, so that the library loads beside any torch, also where no CUDA runtime is installed.
                     ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
             super().build_extensions()
-            compiler = subprocess.run([*self.compiler.compiler_cxx[:1], "--version"], capture_output=True, text=True)
+            said = subprocess.run([self.compiler.compiler_cxx[0], "--version"], capture_output=True, text=True).stdout
+            built = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
             record(
-                Path(self.get_ext_fullpath(self.extensions[0].name)).parent if not self.editable_mode else ROOT / "acgkd_fast",
-                self.plan,
-                torch=torch.__version__,
-                cuda=None if archs is None else nvcc_says(self.plan.cuda_home, "--version").split("release ")[-1].split(",")[0],
-                arch_list=archs if archs != "" else "of the visible GPU",
-                compiler=compiler.stdout.split("\n")[0],
+                ROOT / "acgkd_fast" if self.editable_mode else built, self.plan, **details, compiler=said.split("\n")[0]
             )
 
     return BuildNative
