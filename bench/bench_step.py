@@ -41,7 +41,7 @@ def check_agreement(shape: Shape) -> None:
         (grad,) = torch.autograd.grad(logits.square().sum(), weight, retain_graph=True)
         expected_grad = grad if expected_grad is None else expected_grad
         scale = expected_grad.abs().max()
-        torch.testing.assert_close(grad / scale, expected_grad / scale, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(grad / scale, expected_grad / scale, rtol=1e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -124,7 +124,8 @@ class DenseTeacher(nn.Module):
 
 def _loss(probe: BatchNormProbe, logits: torch.Tensor, y: torch.Tensor, soft_features: torch.Tensor) -> torch.Tensor:
     cross_entropy = torch.nn.functional.cross_entropy(logits, y)
-    bn = running_stats_norm(probe.inputs, probe.running)
+    moments = [torch.var_mean(features, dim=0, correction=0)[::-1] for features in probe.inputs]
+    bn = running_stats_norm(moments, probe.running)
     return cross_entropy + C_BN * bn + C_OH * one_hot_entropy(soft_features)
 
 

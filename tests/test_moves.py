@@ -26,7 +26,7 @@ from acgkd_fast.distill.moves import (
     propose,
 )
 from acgkd_fast.distill.starts import random_graphs
-from acgkd_fast.distill.statistics import Moments, RunningGaussians, gaussian_divergence, graph_moment_sums
+from acgkd_fast.distill.statistics import RunningGaussians, gaussian_divergence, graph_moment_sums
 
 
 def propose_one(pairs: list[tuple[int, int]], n: int, u: list[float], mix: MoveMix, labels: int):
@@ -181,13 +181,13 @@ def test_k_and_its_closed_form_gradient_agree_with_autograd():
     torch.manual_seed(1)
     inputs = [torch.randn(40, 3).double() * 2 + 1, torch.randn(40, 5).double(), torch.ones(40, 2).double()]
     running = [(torch.randn(x.shape[1]).double(), torch.rand(x.shape[1]).double() + 0.1) for x in inputs]
-    moments = [Moments(*(part.requires_grad_() for part in (m.first, m.second))) for m in map(Moments.of, inputs)]
-    k = gaussian_divergence(moments, running)
+    raw = [(x.mean(0).requires_grad_(), x.square().mean(0).requires_grad_()) for x in inputs]
+    k = gaussian_divergence([(first, (second - first.square()).clamp(min=0.0)) for first, second in raw], running)
     k.backward()
-    packed = torch.stack([torch.cat([m.first for m in moments]), torch.cat([m.second for m in moments])]).detach()
+    packed = torch.stack([torch.cat(parts) for parts in zip(*raw, strict=True)]).detach()
     target = RunningGaussians.of(running)
     torch.testing.assert_close(target.divergence(packed), k.detach())
-    expected = torch.stack([torch.cat([m.first.grad for m in moments]), torch.cat([m.second.grad for m in moments])])
+    expected = torch.stack([torch.cat([part.grad for part in parts]) for parts in zip(*raw, strict=True)])
     torch.testing.assert_close(target.gradient(packed), expected)
 
 

@@ -54,7 +54,7 @@ def test_column_moments_agree_with_torch(shape, dtype):
 def test_frozen_norm_agrees_with_batch_norm(shape, dtype, residual):
     mean, variance, weight, bias = statistics(shape[1], dtype)
     x, added = normal(shape, 6, dtype).requires_grad_(), normal(shape, 7, dtype).requires_grad_()
-    out = frozen_norm_relu(x, mean, variance, weight, bias, residual=added if residual else None)
+    out = frozen_norm_relu(x, mean, variance, weight, bias, residual=added if residual else None)[0]
     oracle, oracle_added = (t.detach().double().requires_grad_() for t in (x, added))
     expected = torch.relu(
         nn.functional.batch_norm(oracle, mean.double(), variance.double(), weight.double(), bias.double())
@@ -84,13 +84,17 @@ def test_gradients_are_true_and_repeat_bit_by_bit(rows, width, seed):
         assert torch.autograd.gradcheck(column_moments, (x,))
         constants = statistics(width, torch.float64)
         residual = normal((rows, width), seed + 1).requires_grad_()
-        assert torch.autograd.gradcheck(lambda a, b: frozen_norm_relu(a, *constants, residual=b), (x, residual))
+        fused = lambda a, b: frozen_norm_relu(a, *constants, residual=b, moments=True)  # noqa: E731
+        assert torch.autograd.gradcheck(fused, (x, residual))
+        out, *moments = fused(x, residual)
+        assert torch.equal(out, frozen_norm_relu(x, *constants, residual=residual)[0])
+        assert all(torch.equal(a, b) for a, b in zip(moments, first, strict=True))
 
 
 def test_not_a_number_stays_one():
     x = torch.tensor([[float("nan"), 1.0]])
     one = torch.ones(2)
-    assert torch.isnan(frozen_norm_relu(x, 0 * one, one, one, 0 * one)[0, 0])
+    assert torch.isnan(frozen_norm_relu(x, 0 * one, one, one, 0 * one)[0][0, 0])
     assert torch.isnan(column_moments(x)[0][0]) and not torch.isnan(column_moments(x)[0][1])
 
 
@@ -136,8 +140,16 @@ def test_opcheck():
     grad = normal((4, 3), 3)
     opcheck("column_moments", [(x,), (normal((0, 3), 1),)])
     opcheck("column_moments_backward", [(normal(3, 1), normal(3, 2), x.detach(), normal(3, 4))])
-    opcheck("frozen_norm_relu", [(x, residual, *constants), (x, None, *constants)])
-    opcheck("frozen_norm_relu_backward", [(grad, x.detach(), *constants)])
+    opcheck("frozen_norm_relu", [(x, residual, *constants, moments) for moments in (True, False)])
+    opcheck("frozen_norm_relu", [(x, None, *constants, True)])
+    flat, mean = x.detach(), normal(3, 4)
+    opcheck(
+        "frozen_norm_relu_backward",
+        [
+            (grad, normal(3, 5), normal(3, 6), flat, mean, *constants),
+            (grad, None, None, flat, mean[:0], *constants),
+        ],
+    )
 
 
 OPCHECKED |= {"column_moments", "column_moments_backward", "frozen_norm_relu", "frozen_norm_relu_backward"}

@@ -10,9 +10,20 @@ from helpers import normal
 from torch import nn
 
 import acgkd_fast as af
-from acgkd_fast.distill.statistics import BatchNormProbe, Moments, gaussian_divergence, running_stats_norm
+from acgkd_fast.distill.statistics import BatchNormProbe, MomentsProbe, gaussian_divergence, running_stats_norm
+from acgkd_fast.nn.models import build_model
+from acgkd_fast.normalize import column_moments
 
 WIDTHS = (4, 3)
+
+
+class Unfused(nn.BatchNorm1d):
+    """A plain layer in the place of a fused one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(super().forward(x))
+
+
 
 
 class Teacher(nn.Module):
@@ -115,7 +126,7 @@ def test_running_stats_norm_against_its_formula():
     for features, (mean, variance) in zip(inputs, running, strict=True):
         both = columns(features)
         expected += math.dist([m for m, _ in both], mean.tolist()) + math.dist([v for _, v in both], variance.tolist())
-    distance = running_stats_norm(inputs, running)
+    distance = running_stats_norm([column_moments(features) for features in inputs], running)
     assert distance.shape == () and distance.item() == pytest.approx(expected, rel=1e-12)
     distance.backward()
     assert all((features.grad != 0).all() for features in inputs)
@@ -129,7 +140,7 @@ def test_gaussian_divergence_against_its_formula():
         for (m, v), n, w in zip(columns(features), mean.tolist(), variance.tolist(), strict=True):
             ratio = (v + floor) / (w + floor)
             terms.append((ratio - 1 - math.log(ratio) + (m - n) ** 2 / (w + floor)) / 2)
-    divergence = gaussian_divergence([Moments.of(features) for features in inputs], running)
+    divergence = gaussian_divergence([column_moments(features) for features in inputs], running)
     assert divergence.shape == () and divergence.item() == pytest.approx(sum(terms) / len(terms), rel=1e-10)
     divergence.backward()
     assert all((features.grad != 0).all() for features in inputs)
@@ -140,8 +151,8 @@ def own_statistics(inputs):
 
 
 @pytest.mark.parametrize("distance", [
-    running_stats_norm,
-    lambda inputs, running: gaussian_divergence([Moments.of(features) for features in inputs], running),
+    lambda inputs, running: running_stats_norm([column_moments(features) for features in inputs], running),
+    lambda inputs, running: gaussian_divergence([column_moments(features) for features in inputs], running),
 ], ids=["norm", "divergence"])  # fmt: skip
 def test_both_distances_are_zero_at_equality_and_positive_elsewhere(distance):
     inputs, _ = collected()
@@ -162,18 +173,52 @@ def test_a_constant_channel_stays_finite(constant, dtype):
     features[:, 1] = constant
     features.requires_grad_()
     running = [(torch.zeros(3, dtype=dtype), torch.tensor([1.0, 0.5, 0.0], dtype=dtype))]
-    divergence = gaussian_divergence([Moments.of(features)], running)
+    divergence = gaussian_divergence([column_moments(features)], running)
     divergence.backward()
     assert divergence.isfinite() and divergence > 0
     assert features.grad.isfinite().all() and features.grad.any()
 
 
-def test_variance_is_biased_and_never_negative():
-    features = normal((8, 5), 2) + 3
-    torch.testing.assert_close(Moments.of(features).variance, features.var(0, correction=0))
-    # In float32 the square of a large mean swallows the variance and may leave a negative rest.
-    far = torch.full((7, 64), 1e4) + 1e-3 * normal((7, 64), 3, torch.float32)
-    assert (Moments.of(far).variance >= 0).all()
+def test_moments_probe_agrees_with_the_inputs_fused_or_not():
+    """Layers with a fused pass and plain ones, with the same values and gradients."""
+    model = build_model("gin3-8", 4, 2)
+    # The first block has no residual to pass on, so a plain layer fits there.
+    model.blocks[0].norm = Unfused(8)
+    model.blocks[0].forward = lambda x, edges, block=model.blocks[0]: block.norm(block.conv(x, edges))
+    model.eval().requires_grad_(False)
+    for seed, layer in enumerate(layer for layer in model.modules() if isinstance(layer, nn.BatchNorm1d)):
+        layer.running_mean.copy_(normal(layer.num_features, seed, torch.float32))
+    layout = af.PairLayout.complete([5, 7])
+    edges = af.sample_edges(torch.zeros(layout.num_pairs), layout, seed=0)
+    answers = []
+    for probe in (BatchNormProbe(model), MomentsProbe(model)):
+        x = normal((12, 4), 3, torch.float32).requires_grad_()
+        with probe:
+            out = model(x, edges)
+        moments = probe.moments if isinstance(probe, MomentsProbe) else [column_moments(h) for h in probe.inputs]
+        assert len(moments) == len(probe.running) == probe.num_layers == 4
+        distance = running_stats_norm(moments, probe.running)
+        distance.backward()
+        answers.append((out.detach(), distance.detach(), x.grad, *(t.detach() for pair in moments for t in pair)))
+    for expected, got in zip(*answers, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert hooks(model) == 0 and all(getattr(layer, "observer", None) is None for layer in model.modules())
+
+
+def test_moments_probe_leaves_no_trace_and_cannot_be_doubled():
+    model = build_model("gcn3-8", 4, 2).eval()
+    layout = af.PairLayout.complete([5])
+    edges = af.sample_edges(torch.zeros(layout.num_pairs), layout, seed=0)
+    with pytest.raises(RuntimeError, match="another probe"), MomentsProbe(model), MomentsProbe(model):
+        pass
+    with pytest.raises(af.InputError, match="x: expected"), MomentsProbe(model):
+        model.blocks[0].norm(torch.zeros(3))
+    assert all(getattr(layer, "observer", None) is None for layer in model.modules())
+    with MomentsProbe(model) as probe:
+        model(torch.ones(5, 4), edges)
+        assert len(probe.moments) == 2
+        probe.reset()
+        assert probe.moments == probe.running == []
 
 
 def test_distances_need_a_layer():

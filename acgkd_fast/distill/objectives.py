@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from ..errors import check_choice
-from .statistics import BatchNormProbe, Moments, gaussian_divergence, running_stats_norm
+from .statistics import MomentsProbe, gaussian_divergence, running_stats_norm
 
 BN_TERMS = ("norm", "divergence")
 
 
-def batch_norm_term(probe: BatchNormProbe, kind: str = "norm") -> torch.Tensor:
+def batch_norm_term(probe: MomentsProbe, kind: str = "norm") -> torch.Tensor:
     """Distance of the statistics that `probe` collected from the running ones.
 
     Args:
@@ -21,11 +21,10 @@ def batch_norm_term(probe: BatchNormProbe, kind: str = "norm") -> torch.Tensor:
         Scalar; differentiable. Zero for a teacher without BatchNorm.
     """
     check_choice("kind", kind, BN_TERMS)
-    if not probe.inputs:
+    if not probe.moments:
         return torch.zeros(())
-    if kind == "norm":
-        return running_stats_norm(probe.inputs, probe.running)
-    return gaussian_divergence([Moments.of(features) for features in probe.inputs], probe.running)
+    distance = running_stats_norm if kind == "norm" else gaussian_divergence
+    return distance(probe.moments, probe.running)
 
 
 def one_hot_entropy(soft_features: torch.Tensor) -> torch.Tensor:

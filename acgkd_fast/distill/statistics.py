@@ -7,41 +7,70 @@ weight per layer and channel, no units).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Self
 
 from ..errors import InputError, check
+from ..nn.norm import BatchNormReLU
 from ..normalize import column_moments
 from ..propagate import readout
 
+Statistics = tuple[torch.Tensor, torch.Tensor]
 
-@dataclass(frozen=True)
-class Moments:
-    """First and second raw moment of one layer's inputs, [C] each (or [B, C] per graph)."""
 
-    first: torch.Tensor
-    second: torch.Tensor
+class _Probe:
+    """Watches every BatchNorm1d of a module while its context is open; closing it leaves no trace.
 
-    @classmethod
-    def of(cls, features: torch.Tensor) -> Moments:
-        return cls(features.mean(0), features.square().mean(0))
+    Attributes:
+        running: (mean, variance) of the layer behind each thing collected.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._layers = [
+            layer for layer in module.modules() if isinstance(layer, nn.BatchNorm1d) and layer.running_mean is not None
+        ]
+        self._undo: list[Callable[[], None]] = []
+        self.running: list[Statistics] = []
 
     @property
-    def variance(self) -> torch.Tensor:
-        """Biased variance; rounding cannot make it negative."""
-        return (self.second - self.first.square()).clamp(min=0.0)
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    def __enter__(self) -> Self:
+        if self._undo:
+            raise RuntimeError(f"{type(self).__name__}: already open; its hooks would collect everything twice")
+        self._undo = [self._watch(layer) for layer in self._layers]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo = []
+
+    def reset(self) -> None:
+        """Forget what was collected, between forward passes."""
+        self.running = []
+
+    def _watch(self, layer: nn.BatchNorm1d) -> Callable[[], None]:
+        raise NotImplementedError
+
+    def _collect_running(self, layer: nn.BatchNorm1d) -> None:
+        assert layer.running_mean is not None and layer.running_var is not None
+        self.running.append((layer.running_mean, layer.running_var))
 
 
-class BatchNormProbe:
-    """Collect the inputs of every BatchNorm1d of a module while the context is open.
+class BatchNormProbe(_Probe):
+    """Collect the inputs of every BatchNorm1d of a module.
 
     >>> with BatchNormProbe(teacher.module) as probe:
     ...     logits = teacher(batch)
-    >>> loss = running_stats_norm(probe.inputs, probe.running)
 
     Attributes:
         inputs: one [rows, C] tensor per BatchNorm call, in call order, with their autograd history;
@@ -52,37 +81,57 @@ class BatchNormProbe:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._layers = [
-            layer for layer in module.modules() if isinstance(layer, nn.BatchNorm1d) and layer.running_mean is not None
-        ]
-        self._handles: list[Any] = []
+        super().__init__(module)
         self.inputs: list[torch.Tensor] = []
-        self.running: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    @property
-    def num_layers(self) -> int:
-        return len(self._layers)
-
-    def __enter__(self) -> BatchNormProbe:
-        if self._handles:
-            raise RuntimeError("BatchNormProbe: already open; its hooks would collect everything twice")
-        self._handles = [layer.register_forward_pre_hook(self._collect) for layer in self._layers]
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
 
     def reset(self) -> None:
-        self.inputs, self.running = [], []
+        super().reset()
+        self.inputs = []
 
-    def _collect(self, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        assert isinstance(layer, nn.BatchNorm1d) and layer.running_mean is not None and layer.running_var is not None
-        self.inputs.append(args[0])
-        self.running.append((layer.running_mean, layer.running_var))
+    def _watch(self, layer: nn.BatchNorm1d) -> Callable[[], None]:
+        def collect(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            self.inputs.append(args[0])
+            self._collect_running(layer)
+
+        return layer.register_forward_pre_hook(collect).remove
+
+
+class MomentsProbe(_Probe):
+    """Collect the batch statistics at every BatchNorm1d of a module, fused into layers that can.
+
+    >>> with MomentsProbe(teacher.module) as probe:
+    ...     logits = teacher(batch)
+    >>> loss = running_stats_norm(probe.moments, probe.running)
+
+    Attributes:
+        moments: (mean, biased variance) over all rows of the batch, [C] each, per BatchNorm call in
+            call order, with their autograd history.
+        running: (mean, variance) of the layer behind each entry of `moments`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.moments: list[Statistics] = []
+
+    def reset(self) -> None:
+        super().reset()
+        self.moments = []
+
+    def _watch(self, layer: nn.BatchNorm1d) -> Callable[[], None]:
+        def collect(mean: torch.Tensor, variance: torch.Tensor) -> None:
+            self.moments.append((mean, variance))
+            self._collect_running(layer)
+
+        if isinstance(layer, BatchNormReLU):
+            if layer.observer is not None:
+                raise RuntimeError("MomentsProbe: another probe is open on the same module")
+            layer.observer = collect
+
+            def undo() -> None:
+                layer.observer = None
+
+            return undo
+        return layer.register_forward_pre_hook(lambda _, args: collect(*column_moments(args[0]))).remove
 
 
 def graph_moment_sums(inputs: list[torch.Tensor], ptr: torch.Tensor, num_nodes: int) -> torch.Tensor:
@@ -139,7 +188,7 @@ class RunningGaussians:
     floor: torch.Tensor
 
     @classmethod
-    def of(cls, running: list[tuple[torch.Tensor, torch.Tensor]]) -> RunningGaussians:
+    def of(cls, running: Sequence[Statistics]) -> RunningGaussians:
         mean = torch.cat([m.double() for m, _ in running])
         floor = torch.cat([(1e-3 * v.double().mean() + 1e-6).expand(v.shape) for _, v in running])
         return cls(mean, torch.cat([v.double() for _, v in running]) + floor, floor)
@@ -164,44 +213,53 @@ class RunningGaussians:
         return torch.stack([(first - self.mean) / self.target - 2.0 * first * slope, slope]) / first.numel()
 
 
-def _check_layers(running: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def _check_layers(running: Sequence[Statistics]) -> None:
     check(len(running) > 0, "running", "at least one BatchNorm layer with running statistics", running)
 
 
-def running_stats_norm(inputs: list[torch.Tensor], running: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def running_stats_norm(moments: Sequence[Statistics], running: Sequence[Statistics]) -> torch.Tensor:
     """R_bn = sum over layers of ||mean - running mean||_2 + ||var - running var||_2.
 
     Biased variance over all rows of the batch, unsquared norms, as in GFKD (arXiv 2105.07519) and
-    DeepInversion. Scalar; differentiable.
+    DeepInversion.
+
+    Args:
+        moments: (mean, biased variance) of each layer, [C] each, such as ``MomentsProbe.moments``.
+        running: the running ones.
+
+    Returns:
+        Scalar; differentiable.
 
     Raises:
-        InputError: no layers.
+        InputError: no layers, as with a teacher without BatchNorm.
     """
     _check_layers(running)
     terms = []
-    for features, (mean, variance) in zip(inputs, running, strict=True):
-        centre, spread = column_moments(features)
-        terms.append(torch.linalg.vector_norm(centre - mean) + torch.linalg.vector_norm(spread - variance))
+    for found, wanted in zip(moments, running, strict=True):
+        terms += [torch.linalg.vector_norm(have - want) for have, want in zip(found, wanted, strict=True)]
     return torch.stack(terms).sum()
 
 
-def gaussian_divergence(moments: list[Moments], running: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def gaussian_divergence(moments: Sequence[Statistics], running: Sequence[Statistics]) -> torch.Tensor:
     """K = mean over layers and channels of (v / w - 1 - ln(v / w) + (m - n)^2 / w) / 2.
 
     m, v are the batch's mean and variance, n, w the running ones; both variances are raised by
     0.001 * mean(running variance) + 1e-6, so that a constant channel cannot give infinity.
 
+    Args:
+        moments, running: as in :func:`running_stats_norm`.
+
     Returns:
         Scalar; the divergence of two Gaussians per channel, 0 where the statistics agree.
 
     Raises:
-        InputError: no layers.
+        InputError: no layers, as with a teacher without BatchNorm.
     """
     _check_layers(running)
     terms = []
-    for moment, (mean, variance) in zip(moments, running, strict=True):
-        floor = 1e-3 * variance.mean() + 1e-6
-        target = variance + floor
-        ratio = (moment.variance + floor) / target
-        terms.append(0.5 * (ratio - 1.0 - ratio.log() + (moment.first - mean).square() / target))
+    for (mean, variance), (running_mean, running_variance) in zip(moments, running, strict=True):
+        floor = 1e-3 * running_variance.mean() + 1e-6
+        target = running_variance + floor
+        ratio = (variance + floor) / target
+        terms.append(0.5 * (ratio - 1.0 - ratio.log() + (mean - running_mean).square() / target))
     return torch.cat(terms).mean()

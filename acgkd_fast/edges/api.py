@@ -12,7 +12,8 @@ from ..graphs import EdgeSample
 from ..layout import PairLayout
 from ..philox import check_word
 from . import ops
-from .estimators import ESTIMATORS, NOISES, Estimator, Noise
+from .estimators import ESTIMATORS, FACTOR_ESTIMATORS, NOISES, Estimator, Noise
+from .factorised import FactorLogits
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _LARGEST_INT32 = 2**31 - 1
@@ -50,7 +51,7 @@ def _temperature(temperature: float | torch.Tensor, device: torch.device) -> tor
 
 
 def sample_edges(
-    logits: torch.Tensor,
+    logits: torch.Tensor | FactorLogits,
     layout: PairLayout,
     *,
     seed: int | torch.Tensor,
@@ -61,7 +62,7 @@ def sample_edges(
     capacity: int | None = None,
     gamma: float = -0.1,
     zeta: float = 1.1,
-    absent_rate: float = 0.25,
+    absent_rate: float = 0.1,
 ) -> EdgeSample:
     """Draw Binary Concrete edges for a batch of graphs and return them sparse.
 
@@ -87,7 +88,10 @@ def sample_edges(
     Args:
         logits: theta = log alpha of each candidate pair, [P = layout.num_pairs]; float32, float64
             or bfloat16 (arithmetic in float32). Under logistic noise P(edge) = sigmoid(theta);
-            under Gumbel noise it is 1 - exp(-exp(theta)).
+            under Gumbel noise it is 1 - exp(-exp(theta)). Or :class:`FactorLogits` with a complete
+            undirected layout: z_i . z_j + b, never stored, drawn as if it were; with estimator
+            "sparse_straight_through", or "straight_through", whose gradient then reaches drawn
+            edges only (an absent candidate would need a float per pair).
         layout: which pairs the logits belong to.
         seed: 64-bit key of the random stream; an int, or an int64 tensor with one element.
         step: counter word that separates draws, 0..2^32-1; an int or a tensor like `seed`.
@@ -99,7 +103,8 @@ def sample_edges(
         capacity: length of the edge buffers. The count then stays on the device, and a sample that
             does not fit comes back empty with ``overflowed()`` true. Default: exact length.
         gamma, zeta: stretch of hard_concrete, gamma < 0 and zeta > 1.
-        absent_rate: scale of the sampling chance of sparse_straight_through, above 0.
+        absent_rate: scale of the sampling chance of sparse_straight_through, above 0. At the default
+            about as many absent pairs as drawn edges are stored at the density of small molecules.
 
     Returns:
         EdgeSample in canonical CSR over all N nodes: ``rowptr`` int32 [N + 1], ``col`` int32 [E]
@@ -107,7 +112,7 @@ def sample_edges(
         Undirected layouts store both directions. Equal input gives equal bits.
 
     Gradients:
-        `logits` only, as in the table.
+        `logits` (of factorised ones z and the bias) only, as in the table.
 
     Raises:
         InputError: an argument outside its range, naming it.
@@ -116,7 +121,8 @@ def sample_edges(
     (hard concrete); Yin and Zhou, arXiv 1807.11143 (ARM); ACGKD, arXiv 2504.00540.
     """
     check(isinstance(layout, PairLayout), "layout", "a PairLayout", layout)
-    check_tensor("logits", logits, shape=(layout.num_pairs,), dtypes=_DTYPES, device=layout.device)
+    if not isinstance(logits, FactorLogits):
+        check_tensor("logits", logits, shape=(layout.num_pairs,), dtypes=_DTYPES, device=layout.device)
     check_choice("estimator", estimator, ESTIMATORS)
     check_choice("noise", noise, NOISES)
     stretched = is_number(gamma) and is_number(zeta) and -inf < gamma < 0.0 and 1.0 < zeta < inf
@@ -131,8 +137,10 @@ def sample_edges(
         raise InputError("noise: expected 'logistic' with estimator 'arm', whose identity needs it, got 'gumbel'")
 
     code, noise_code = Estimator[estimator.upper()], Noise[noise.upper()]
+    rng, tau = _rng(seed, step, layout.device), _temperature(temperature, layout.device)
+    if isinstance(logits, FactorLogits):
+        return _draw_factors(logits, rng, tau, estimator, noise_code, absent_rate, layout, capacity)
     logits = logits.contiguous()
-    rng, tau = _rng(seed, step, logits.device), _temperature(temperature, logits.device)
     shared = (logits, layout.table, rng, tau, layout.kind)
     sample = _draw(shared, code, noise_code, (gamma, zeta, absent_rate), layout, capacity)
     if code == Estimator.STRAIGHT_THROUGH and logits.requires_grad:
@@ -151,9 +159,36 @@ def _draw(
     layout: PairLayout,
     capacity: int | None,
 ) -> EdgeSample:
-    value, rowptr, col, pair, needed = torch.ops.acgkd_fast.sample_edges(
+    drawn = torch.ops.acgkd_fast.sample_edges(
         *shared, int(estimator), int(noise), *stretch, layout.num_nodes, -1 if capacity is None else capacity
     )
+    return _as_sample(drawn, layout, capacity)
+
+
+def _draw_factors(
+    logits: FactorLogits,
+    rng: torch.Tensor,
+    temperature: torch.Tensor,
+    estimator: str,
+    noise: Noise,
+    absent_rate: float,
+    layout: PairLayout,
+    capacity: int | None,
+) -> EdgeSample:
+    check_choice("estimator", estimator, FACTOR_ESTIMATORS)
+    complete = layout.is_complete and not layout.directed
+    check(complete, "layout", "a complete undirected PairLayout for factorised logits", layout)
+    check_tensor("z", logits.z, shape=(layout.num_nodes, None), device=layout.device)
+    drawn = torch.ops.acgkd_fast.sample_factor_edges(
+        logits.z.contiguous(), logits.graph_bias(layout), layout.table, rng, temperature,
+        int(Estimator[estimator.upper()]), int(noise), absent_rate, layout.num_pairs,
+        -1 if capacity is None else capacity,
+    )  # fmt: skip
+    return _as_sample(drawn, layout, capacity)
+
+
+def _as_sample(drawn: tuple[torch.Tensor, ...], layout: PairLayout, capacity: int | None) -> EdgeSample:
+    value, rowptr, col, pair, needed = drawn
     return EdgeSample(
         rowptr=rowptr,
         col=col,

@@ -41,7 +41,8 @@ def frozen_norm_relu(
     *,
     eps: float = 1e-5,
     residual: torch.Tensor | None = None,
-) -> torch.Tensor:
+    moments: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """relu((x - mean) / sqrt(variance + eps) * weight + bias) + residual, in one pass each way.
 
     Args:
@@ -49,12 +50,13 @@ def frozen_norm_relu(
         mean, variance, weight, bias: [C], dtype of `x`; constants.
         eps: added to the variance.
         residual: [N, C], dtype of `x`; added behind the rectifier.
+        moments: also take the moments of `x`, as :func:`column_moments` does.
 
     Returns:
-        [N, C], dtype of `x`.
+        (out [N, C] with the dtype of `x`, mean [C], variance [C]); the last two are empty without `moments`.
 
     Gradients:
-        `x` and `residual`; none for the statistics and the affine parameters.
+        `x`, through the moments too, and `residual`; none for the statistics and the affine parameters.
 
     Raises:
         InputError: tensors of the wrong form, or a statistic or parameter that requires grad.
@@ -68,5 +70,5 @@ def frozen_norm_relu(
         check_tensor("residual", residual, shape=tuple(x.shape), dtypes=(x.dtype,), device=x.device)
         residual = residual.contiguous()
     statistics = (mean.contiguous(), variance.contiguous(), weight.contiguous(), bias.contiguous())
-    out: torch.Tensor = torch.ops.acgkd_fast.frozen_norm_relu(x.contiguous(), residual, *statistics, eps)
-    return out
+    out, *found = torch.ops.acgkd_fast.frozen_norm_relu(x.contiguous(), residual, *statistics, eps, moments)
+    return out, *found

@@ -27,15 +27,21 @@ COLUMN_MOMENTS_BACKWARD = define(
     reference.column_moments_backward,
     lambda grad_mean, grad_variance, x, mean: torch.empty_like(x),
 )
+def _frozen_fake(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    found = x.new_empty(x.shape[1] if args[-1] else 0, dtype=compute_dtype(x.dtype))
+    return torch.empty_like(x), found, torch.empty_like(found)
+
+
 FROZEN_NORM_RELU = define(
-    f"frozen_norm_relu(Tensor x, Tensor? residual, {_STATISTICS}) -> Tensor",
+    f"frozen_norm_relu(Tensor x, Tensor? residual, {_STATISTICS}, bool moments) -> (Tensor, Tensor, Tensor)",
     reference.frozen_norm_relu,
-    lambda x, *_: torch.empty_like(x),
+    _frozen_fake,
 )
 FROZEN_NORM_RELU_BACKWARD = define(
-    f"frozen_norm_relu_backward(Tensor grad_out, Tensor x, {_STATISTICS}) -> Tensor",
+    "frozen_norm_relu_backward(Tensor grad_out, Tensor? grad_mean, Tensor? grad_variance, Tensor x,"
+    f" Tensor batch_mean, {_STATISTICS}) -> Tensor",
     reference.frozen_norm_relu_backward,
-    lambda grad_out, x, *_: torch.empty_like(x),
+    lambda grad_out, grad_mean, grad_variance, x, *_: torch.empty_like(x),
 )
 
 
@@ -51,16 +57,20 @@ def _moments_backward(ctx: Any, grad_mean: torch.Tensor, grad_variance: torch.Te
     return grad
 
 
-def _frozen_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, residual, *statistics, eps = inputs
-    ctx.save_for_backward(x, *statistics)
+def _frozen_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, residual, *statistics, eps, moments = inputs
+    ctx.save_for_backward(x, output[1], *statistics)
     ctx.eps = eps
     ctx.has_residual = residual is not None
+    ctx.has_moments = moments
 
 
-def _frozen_backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    grad_x = torch.ops.acgkd_fast.frozen_norm_relu_backward(grad_out.contiguous(), *ctx.saved_tensors, ctx.eps)
-    return grad_x, grad_out if ctx.has_residual else None, None, None, None, None, None
+def _frozen_backward(ctx: Any, grad_out: torch.Tensor, *grad_moments: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    grad_mean, grad_variance = (g.contiguous() for g in grad_moments) if ctx.has_moments else (None, None)
+    grad_x = torch.ops.acgkd_fast.frozen_norm_relu_backward(
+        grad_out.contiguous(), grad_mean, grad_variance, *ctx.saved_tensors, ctx.eps
+    )
+    return grad_x, grad_out if ctx.has_residual else None, None, None, None, None, None, None
 
 
 torch.library.register_autograd(COLUMN_MOMENTS, _moments_backward, setup_context=_moments_setup)

@@ -46,23 +46,34 @@ def frozen_norm_relu(
     weight: torch.Tensor,
     bias: torch.Tensor,
     eps: float,
-) -> torch.Tensor:
-    """relu((x - mean) / sqrt(variance + eps) * weight + bias) (+ residual), [N, C]."""
+    moments: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """relu((x - mean) / sqrt(variance + eps) * weight + bias) (+ residual), [N, C], and the moments of x.
+
+    The moments are those of :func:`column_moments`, or empty tensors if `moments` is False.
+    """
     out = torch.relu(_normalised(x, mean, variance, weight, bias, eps)[0])
     if residual is not None:
         out = out + residual.to(out.dtype)
-    return out.to(x.dtype)
+    found = column_moments(x) if moments else (out.new_empty(0), out.new_empty(0))
+    return out.to(x.dtype), *found
 
 
 def frozen_norm_relu_backward(
     grad_out: torch.Tensor,
+    grad_mean: torch.Tensor | None,
+    grad_variance: torch.Tensor | None,
     x: torch.Tensor,
+    batch_mean: torch.Tensor,
     mean: torch.Tensor,
     variance: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """Gradient of x, [N, C]: grad_out times the scale where the rectifier passes."""
+    """Gradient of x, [N, C]: grad_out times the scale where the rectifier passes, plus that of the moments."""
     value, scale = _normalised(x, mean, variance, weight, bias, eps)
-    return torch.where(value <= 0, 0.0, grad_out.to(scale.dtype) * scale).to(x.dtype)
+    grad = torch.where(value <= 0, 0.0, grad_out.to(scale.dtype) * scale)
+    if grad_mean is not None and grad_variance is not None:
+        grad = grad + column_moments_backward(grad_mean, grad_variance, x.to(scale.dtype), batch_mean)
+    return grad.to(x.dtype)
