@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from . import __version__, _library, _native, edges, propagate
+from . import __version__, _library, _native, edges, normalize, propagate
 
-# Declaring the operators is all that these two are imported for.
-assert edges and propagate
+# Declaring the operators is all that these are imported for.
+assert edges and propagate and normalize
 
 # What each optional distribution is for.
 OPTIONAL = {
