@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .checkpoints import load_model, save_model
 from .data import GraphDataset, gfkd_split, house_or_cycle, load_dataset, stratified_split
 from .distill.config import RunConfig
@@ -16,15 +18,17 @@ from .report import result_table
 from .teachers import as_teacher, default_epochs, evaluate, train_classifier
 
 
-def split_dataset(dataset: GraphDataset, split: str, seed: int) -> tuple[GraphBatch, GraphBatch]:
-    """(training graphs, held-out graphs) by the rule "gfkd" or "stratified", 70/30."""
+def split_positions(dataset: GraphDataset, split: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of (training graphs, held-out graphs) by the rule "gfkd" or "stratified", 70/30."""
     graphs = dataset.graphs
     assert graphs.y is not None
-    if split == "gfkd":
-        train, test = gfkd_split(graphs.num_graphs, seed)
-    else:
-        train, test = stratified_split(graphs.y, seed)
-    return graphs.select(train), graphs.select(test)
+    return gfkd_split(graphs.num_graphs, seed) if split == "gfkd" else stratified_split(graphs.y, seed)
+
+
+def split_dataset(dataset: GraphDataset, split: str, seed: int) -> tuple[GraphBatch, GraphBatch]:
+    """(training graphs, held-out graphs); see :func:`split_positions`."""
+    train, test = split_positions(dataset, split, seed)
+    return dataset.graphs.select(train), dataset.graphs.select(test)
 
 
 def train_teacher_file(
@@ -41,6 +45,10 @@ def train_teacher_file(
 ) -> dict[str, Any]:
     """Train on the training share of a TUDataset and save the last epoch; returns the held-out scores."""
     data = load_dataset(dataset, data_root)
+    if data.feature_kind == "degree":
+        # The degree vocabulary is part of the model, so only the training graphs may decide it.
+        seen = split_positions(data, split, split_seed)[0]
+        data = load_dataset(dataset, data_root, degrees_from=seen)
     train, test = split_dataset(data, split, split_seed)
     model = _train(arch, train, data.num_classes, epochs, seed, progress)
     scores = evaluate(model, test)

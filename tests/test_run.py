@@ -289,9 +289,7 @@ def test_bad_command_lines(tmp_path, teacher_file):
     one_line_error(invoke("distill", "--teacher", teacher_file, "--out", out, "--nodes", "few"), "LOW:HIGH")
     one_line_error(invoke("distill", "--teacher", teacher_file, "--out", out, "--xi", "2"), "xi")
     one_line_error(invoke("distill", "--teacher", teacher_file, "--out", out, "--student", "cnn"), "arch")
-    one_line_error(
-        invoke("distill", "--teacher", teacher_file, "--out", out, "--eval-dataset", "MUTAG"), "data-root"
-    )
+    one_line_error(invoke("distill", "--teacher", teacher_file, "--out", out, "--eval-dataset", "MUTAG"), "data-root")
     missing = ("--eval-dataset", "MUTAG", "--data-root", tmp_path / "nowhere")
     one_line_error(invoke("distill", "--teacher", teacher_file, "--out", out, *missing), "MUTAG")
     # Nothing was begun for any of these.
@@ -316,9 +314,7 @@ def test_mutag_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setenv("ACGKD_FAST_CACHE", str(tmp_path / "cache"))
     data = ("--data-root", DATA)
     teacher, out = tmp_path / "teacher.safetensors", tmp_path / "run"
-    trained = invoke(
-        "train-teacher", "--dataset", "MUTAG", *data, "--arch", "gcn3-16", "--epochs", 3, "--out", teacher
-    )
+    trained = invoke("train-teacher", "--dataset", "MUTAG", *data, "--arch", "gcn3-16", "--epochs", 3, "--out", teacher)
     assert trained.exit_code == 0, trained.output
     distilled = invoke("distill", "--teacher", teacher, "--out", out, "--eval-dataset", "MUTAG", *data, *SMALL)
     assert distilled.exit_code == 0, distilled.output
