@@ -35,7 +35,7 @@ DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 DEBUG = os.environ.get("DEBUG", "0") == "1"
 FLAGS = {
     "cxx": [
-        *(["-O0", "-g"] if DEBUG else ["-O3"]),
+        *(["-O0", "-g"] if DEBUG else ["-O3", "-g0"]),
         "-fvisibility=hidden",
         # What vector code needs of -ffast-math; infinities and NaN keep their meaning.
         *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),

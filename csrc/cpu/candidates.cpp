@@ -1,4 +1,4 @@
-// candidate_gradient: <left_r, right_c> of every candidate pair, a masked product of dense matrices per graph.
+// candidate_gradient: products of the features of every candidate pair.
 #include <algorithm>
 #include <vector>
 
@@ -8,126 +8,116 @@
 namespace acgkd {
 namespace {
 
-// Columns whose transposed features one sweep keeps in the first-level cache, and rows that share their loads.
-template <typename Real>
-constexpr int kColumns = 2 * kWidth<Real>;
-constexpr int kRows = 2;
-
-// Features of `count` consecutive nodes, channel by channel; missing nodes read as zeros.
-template <typename Stored, typename Real>
-void transpose(const Stored* x, int count, int64_t width, Real* to) {
-  for (int64_t k = 0; k < width; ++k) {
-    for (int i = 0; i < kColumns<Real>; ++i) {
-      to[k * kColumns<Real> + i] = i < count ? static_cast<Real>(x[i * width + k]) : Real(0);
-    }
-  }
-}
-
-// up[r][i] = <left_i, right_row(r)>, down[r][i] = <left_row(r), right_i>.
-template <typename Stored, typename Real>
-ACGKD_SHARED void products(const Stored* const* left_rows, const Stored* const* right_rows, const Real* left,
-                           const Real* right, int64_t width, Real* up, Real* down) {
-  constexpr int kVectors = kColumns<Real> / kWidth<Real>;
-  Vec<Real> ups[kRows][kVectors] = {}, downs[kRows][kVectors] = {};
-  for (int64_t k = 0; k < width; ++k) {
-    Vec<Real> l[kVectors], r[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      l[v] = load(left + k * kColumns<Real> + v * kWidth<Real>);
-      r[v] = load(right + k * kColumns<Real> + v * kWidth<Real>);
-    }
-    for (int row = 0; row < kRows; ++row) {
-      const Real left_value = static_cast<Real>(left_rows[row][k]);
-      const Real right_value = static_cast<Real>(right_rows[row][k]);
-      for (int v = 0; v < kVectors; ++v) {
-        ups[row][v] += l[v] * right_value;
-        downs[row][v] += r[v] * left_value;
-      }
-    }
-  }
-  std::memcpy(up, ups, sizeof ups);
-  std::memcpy(down, downs, sizeof downs);
-}
-
-template <typename Stored, typename Real>
-ACGKD_SHARED Real dot(const Stored* a, const Stored* b, int64_t width) {
-  Vec<Real> total = {};
-  int64_t k = 0;
-  for (; k + kWidth<Real> <= width; k += kWidth<Real>) total += load(a + k) * load(b + k);
-  Real rest = 0;
-  for (; k < width; ++k) rest += static_cast<Real>(a[k]) * static_cast<Real>(b[k]);
-  return sum<Real>(total) + rest;
-}
-
-#define ACGKD_FOR_TYPE(Stored)                                                                                    \
-  ACGKD_CLONES static void products_of(const Stored* const* left_rows, const Stored* const* right_rows,           \
-                                       const WideOf<Stored>* left, const WideOf<Stored>* right, int64_t width,     \
-                                       WideOf<Stored>* up, WideOf<Stored>* down) {                                 \
-    products(left_rows, right_rows, left, right, width, up, down);                                                 \
-  }                                                                                                               \
-  ACGKD_CLONES static WideOf<Stored> dot_of(const Stored* a, const Stored* b, int64_t width) {                     \
-    return dot<Stored, WideOf<Stored>>(a, b, width);                                                               \
-  }
-ACGKD_FOR_TYPE(float)
-ACGKD_FOR_TYPE(double)
-ACGKD_FOR_TYPE(BFloat16)
+// Nodes whose features one sweep keeps in the first-level cache.
+constexpr int64_t kTile = 32;
+// Pairs computed together, so that each load serves several products.
+constexpr int kRows = 2, kCols = 4;
 
 template <typename Stored>
 struct Task {
   using Real = WideOf<Stored>;
-  const Stored *left, *right, *node_term;
-  int64_t width;
-  bool directed;
+  Features<Stored, Real> left, right;
+  const Stored* node_term;
   Stored* out;
 
-  // Gradients of the two directions between local nodes low < high of a graph; undirected pairs get their sum.
-  void put(const GraphLayout& graph, int64_t undirected, int64_t low, int64_t high, Real up, Real down) const {
-    up += static_cast<Real>(node_term[graph.first_node + low]);
-    down += static_cast<Real>(node_term[graph.first_node + high]);
+  // Gradients of the two directions between local nodes low < high; undirected pairs get their sum.
+  template <bool kDirectedLayout>
+  ACGKD_SHARED void put(const GraphLayout& graph, int64_t undirected, NodePair nodes, Real up, Real down) const {
+    const Real low_term = static_cast<Real>(node_term[graph.first_node + nodes.row]);
+    const Real high_term = static_cast<Real>(node_term[graph.first_node + nodes.col]);
     Stored* to = out + graph.first_pair;
-    if (directed) {
-      to[2 * undirected] = static_cast<Stored>(up);
-      to[2 * undirected + 1] = static_cast<Stored>(down);
+    if (kDirectedLayout) {
+      to[2 * undirected] = static_cast<Stored>(up + low_term);
+      to[2 * undirected + 1] = static_cast<Stored>(down + high_term);
     } else {
-      to[undirected] = static_cast<Stored>(up + down);
+      to[undirected] = static_cast<Stored>(up + (low_term + high_term));
     }
   }
+};
 
-  // All pairs of a complete graph whose smaller node is in first .. first + kColumns - 1.
-  void complete_columns(const GraphLayout& graph, int64_t first) const {
-    constexpr int kCount = kColumns<Real>;
-    const int64_t n = graph.num_nodes;
-    const Stored *l = left + graph.first_node * width, *r = right + graph.first_node * width;
-    const int count = static_cast<int>(std::min<int64_t>(kCount, n - first));
-    std::vector<Real> panel(2 * kCount * width);
-    Real *left_panel = panel.data(), *right_panel = left_panel + kCount * width;
-    transpose(l + first * width, count, width, left_panel);
-    transpose(r + first * width, count, width, right_panel);
-    Real up[kRows * kCount], down[kRows * kCount];
-    for (int64_t high = first + 1; high < n; high += kRows) {
-      const Stored *left_rows[kRows], *right_rows[kRows];
-      for (int row = 0; row < kRows; ++row) {
-        const int64_t node = std::min(high + row, n - 1);
-        left_rows[row] = l + node * width, right_rows[row] = r + node * width;
+// up = <left_col, right_row> and down = <left_row, right_col> of each of rows x cols; undirected: both in `up`.
+template <bool kDirectedLayout, int kR, int kC, typename Stored>
+ACGKD_SHARED void products(const Task<Stored>& task, const int64_t* rows, const int64_t* cols,
+                           WideOf<Stored> (*up)[kC], WideOf<Stored> (*down)[kC]) {
+  using Real = WideOf<Stored>;
+  Vec<Real> ups[kR][kC] = {}, downs[kR][kC] = {};
+  const auto step = [&](auto at) __attribute__((always_inline)) {
+    Vec<Real> left_rows[kR], right_rows[kR];
+    for (int r = 0; r < kR; ++r) left_rows[r] = at(task.left, rows[r]), right_rows[r] = at(task.right, rows[r]);
+    for (int c = 0; c < kC; ++c) {
+      const Vec<Real> left_col = at(task.left, cols[c]), right_col = at(task.right, cols[c]);
+      for (int r = 0; r < kR; ++r) {
+        ups[r][c] += left_col * right_rows[r];
+        (kDirectedLayout ? downs : ups)[r][c] += left_rows[r] * right_col;
       }
-      products_of(left_rows, right_rows, left_panel, right_panel, width, up, down);
-      for (int row = 0; row < kRows && high + row < n; ++row) {
-        const int64_t node = high + row, end = std::min<int64_t>(count, node - first);
-        for (int64_t i = 0; i < end; ++i) {
-          put(graph, triangle(node) + first + i, first + i, node, up[row * kCount + i], down[row * kCount + i]);
+    }
+  };
+  const int64_t width = task.left.width();
+  int64_t k = 0;
+  for (; k + kWidth<Real> <= width; k += kWidth<Real>) {
+    step([&](const auto& x, int64_t node) __attribute__((always_inline)) { return x.full(node, k); });
+  }
+  if (k < width) step([&](const auto& x, int64_t node) __attribute__((always_inline)) { return x.tail(node, k); });
+  for (int r = 0; r < kR; ++r) {
+    for (int c = 0; c < kC; ++c) {
+      up[r][c] = sum<Real>(ups[r][c]);
+      down[r][c] = kDirectedLayout ? sum<Real>(downs[r][c]) : Real(0);
+    }
+  }
+}
+
+// All pairs of a complete graph whose smaller node is in begin .. end - 1.
+template <bool kDirectedLayout, typename Stored>
+ACGKD_SHARED void complete_tile(const Task<Stored>& task, const GraphLayout& graph, int64_t begin, int64_t end) {
+  const int64_t n = graph.num_nodes;
+  WideOf<Stored> up[kRows][kCols], down[kRows][kCols];
+  for (int64_t high = begin + 1; high < n; high += kRows) {
+    int64_t rows[kRows], cols[kCols];
+    for (int r = 0; r < kRows; ++r) rows[r] = graph.first_node + std::min(high + r, n - 1);
+    for (int64_t low = begin; low < std::min(end, high + kRows - 1); low += kCols) {
+      for (int c = 0; c < kCols; ++c) cols[c] = graph.first_node + std::min(low + c, n - 1);
+      products<kDirectedLayout, kRows, kCols>(task, rows, cols, up, down);
+      for (int r = 0; r < kRows && high + r < n; ++r) {
+        const int64_t last = std::min(end, high + r);
+        for (int c = 0; c < kCols && low + c < last; ++c) {
+          task.template put<kDirectedLayout>(graph, triangle(high + r) + low + c, {low + c, high + r}, up[r][c],
+                                             down[r][c]);
         }
       }
     }
   }
+}
 
-  void ring_pairs(const GraphLayout& graph, int64_t begin, int64_t end) const {
-    for (int64_t pair = begin; pair < end; ++pair) {
-      const NodePair nodes = pair_nodes(pair, graph.num_nodes, kBudget);
-      const int64_t low = (graph.first_node + nodes.row) * width, high = (graph.first_node + nodes.col) * width;
-      put(graph, pair, nodes.row, nodes.col, dot_of(left + low, right + high, width),
-          dot_of(left + high, right + low, width));
-    }
+// Undirected pairs begin .. end - 1 of a ring.
+template <bool kDirectedLayout, typename Stored>
+ACGKD_SHARED void ring_pairs(const Task<Stored>& task, const GraphLayout& graph, int64_t begin, int64_t end) {
+  WideOf<Stored> up[1][1], down[1][1];
+  for (int64_t pair = begin; pair < end; ++pair) {
+    const NodePair nodes = pair_nodes(pair, graph.num_nodes, kBudget);
+    const int64_t high = graph.first_node + nodes.col, low = graph.first_node + nodes.row;
+    products<kDirectedLayout, 1, 1>(task, &high, &low, up, down);
+    task.template put<kDirectedLayout>(graph, pair, nodes, up[0][0], down[0][0]);
   }
-};
+}
+
+// target_clones does not reach templates, hence one overload per type.
+#define ACGKD_FOR_TYPE(Stored)                                                                                  \
+  ACGKD_CLONES static void part(const Task<Stored>& task, const GraphLayout& graph, int64_t kind, int64_t begin, \
+                                int64_t end) {                                                                  \
+    switch (kind) {                                                                                             \
+      case 0:                                                                                                   \
+        return complete_tile<false>(task, graph, begin, end);                                                   \
+      case kDirected:                                                                                           \
+        return complete_tile<true>(task, graph, begin, end);                                                    \
+      case kBudget:                                                                                             \
+        return ring_pairs<false>(task, graph, begin, end);                                                      \
+      default:                                                                                                  \
+        return ring_pairs<true>(task, graph, begin, end);                                                       \
+    }                                                                                                           \
+  }
+ACGKD_FOR_TYPE(float)
+ACGKD_FOR_TYPE(double)
+ACGKD_FOR_TYPE(BFloat16)
 
 Tensor candidate_gradient(const Tensor& left, const Tensor& right, const Tensor& node_term, const Tensor& table,
                           int64_t kind, int64_t num_pairs) {
@@ -140,24 +130,23 @@ Tensor candidate_gradient(const Tensor& left, const Tensor& right, const Tensor&
   const Tensor grad = new_tensor(left, {num_pairs}, left.scalar_type());
   by_dtype(op, left, [&](auto* type) {
     using Stored = std::remove_pointer_t<decltype(type)>;
-    const bool directed = kind & kDirected;
-    const Task<Stored> task{read<Stored>(left), read<Stored>(right), read<Stored>(node_term),
-                            left.size(1),       directed,            write<Stored>(grad)};
-    // Columns of a complete graph, or pairs of a ring; begin .. end - 1 of one graph each.
+    const int64_t nodes = layouts.num_nodes, width = left.size(1);
+    const Task<Stored> task{{read<Stored>(left), nodes, width},
+                            {read<Stored>(right), nodes, width},
+                            read<Stored>(node_term),
+                            write<Stored>(grad)};
+    // Smaller nodes of a complete graph, or undirected pairs of a ring; begin .. end - 1 of one graph each.
     std::vector<PairRange> parts;
-    const int64_t step = kind & kBudget ? 1024 : kColumns<WideOf<Stored>>;
+    const bool ring = kind & kBudget;
     for (int64_t g = 0; g < layouts.num_graphs; ++g) {
-      const int64_t total = kind & kBudget ? layouts[g].num_pairs / (directed ? 2 : 1) : layouts[g].num_nodes;
+      const int64_t pairs = layouts[g].num_pairs / (kind & kDirected ? 2 : 1);
+      const int64_t total = ring ? pairs : layouts[g].num_nodes, step = ring ? 1024 : kTile;
       for (int64_t begin = 0; begin < total; begin += step) parts.push_back({g, begin, std::min(total, begin + step)});
     }
     const int64_t count = static_cast<int64_t>(parts.size());
-    const int64_t work = std::max<int64_t>(1, num_pairs * left.size(1));
+    const int64_t work = std::max<int64_t>(1, num_pairs * width);
     torch::stable::parallel_for(0, count, std::max<int64_t>(1, (count << 17) / work), [&](int64_t first, int64_t last) {
-      for (int64_t p = first; p < last; ++p) {
-        const GraphLayout graph = layouts[parts[p].graph];
-        if (kind & kBudget) task.ring_pairs(graph, parts[p].begin, parts[p].end);
-        else task.complete_columns(graph, parts[p].begin);
-      }
+      for (int64_t p = first; p < last; ++p) part(task, layouts[parts[p].graph], kind, parts[p].begin, parts[p].end);
     });
   });
   return grad;

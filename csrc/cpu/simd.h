@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/vector.h"
 
@@ -46,17 +47,44 @@ ACGKD_SHARED Vec<float> load(const BFloat16* from) {
   return bits_as<Vec<float>>(words);
 }
 
+// The first `bytes` bytes of a vector, fewer than all of them; a loop would become a call of memcpy.
+template <typename Vector>
+ACGKD_SHARED void store_head(void* to, const Vector& v, int bytes) {
+  char* out = static_cast<char*>(to);
+  const char* in = reinterpret_cast<const char*>(&v);
+  const auto part = [&](auto size) __attribute__((always_inline)) {
+    if (!(bytes & decltype(size)::value)) return;
+    std::memcpy(out, in, decltype(size)::value);
+    out += decltype(size)::value, in += decltype(size)::value;
+  };
+  part(std::integral_constant<int, 16>());
+  part(std::integral_constant<int, 8>());
+  part(std::integral_constant<int, 4>());
+  part(std::integral_constant<int, 2>());
+}
+
 template <typename Real>
 ACGKD_SHARED void store(Real* to, Vec<Real> v, int count) {
   if (count == kWidth<Real>) {
     std::memcpy(to, &v, sizeof v);
   } else {
-    for (int i = 0; i < count; ++i) to[i] = v[i];
+    store_head(to, v, count * static_cast<int>(sizeof(Real)));
   }
 }
 
 ACGKD_SHARED void store(BFloat16* to, Vec<float> v, int count) {
-  for (int i = 0; i < count; ++i) to[i] = static_cast<BFloat16>(v[i]);
+  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t Word __attribute__((vector_size(kVectorBytes)));
+  const Word bits = bits_as<Word>(v);
+  // To the nearest, ties to even; a NaN could round to infinity.
+  const Word rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const Word is_nan = bits_as<Word>(v != v);
+  const Half halves = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7FC0u), Half);
+  if (count == kWidth<float>) {
+    std::memcpy(to, &halves, sizeof halves);
+  } else {
+    store_head(to, halves, 2 * count);
+  }
 }
 
 template <typename Real>
@@ -111,6 +139,12 @@ class Features {
         tail_(first_channels<Real>(tail_size_)) {}
 
   int64_t width() const { return width_; }
+
+  // Channels first .. first + kWidth - 1 of a row.
+  ACGKD_SHARED Vec<Real> full(int64_t row, int64_t first) const { return load(data_ + row * width_ + first); }
+
+  // The channels from `first` to the end of the row, fewer than kWidth.
+  ACGKD_SHARED Vec<Real> tail(int64_t row, int64_t first) const { return tail_at(data_ + row * width_ + first); }
 
   template <typename Run>
   ACGKD_SHARED void read(Run, int64_t row, int64_t first, Vec<Real>* to) const {
