@@ -48,6 +48,18 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     return qualified
 
 
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a gradient formula refuse ``create_graph=True``, of which torch would make a warning and zeros."""
+
+    @functools.wraps(backward)
+    def checked(*args: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(f"{NAMESPACE}: second derivatives (create_graph=True) are not implemented")
+        return backward(*args)
+
+    return checked
+
+
 @functools.cache
 def _notice(device: str) -> None:
     warnings.warn(

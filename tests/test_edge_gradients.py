@@ -316,3 +316,12 @@ def test_descent_on_logits_lowers_the_expected_loss():
         loss(2, step).backward()
         optimizer.step()
     assert expected_loss() < 0.5 * before
+
+
+def test_second_derivatives_are_refused():
+    """Not zeros with a warning, which is what torch does with an operator that has no gradient."""
+    layout = make_layout("complete", SIZES)
+    logits, x = logits_for(layout), normal((NODES, WIDTH), 1)
+    loss = fused_loss(STACKS["gcn"], draw(layout, logits, "relaxed"), x)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        torch.autograd.grad(loss, logits, create_graph=True)

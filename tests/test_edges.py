@@ -30,7 +30,7 @@ def sigmoid(x: float) -> float:
 
 
 def brute(layout, logits, *, seed, step=0, temperature=1.0, estimator, noise="logistic", mirrored=False,
-          gamma=-0.1, zeta=1.1, absent_rate=0.25):  # fmt: skip
+          gamma=-0.1, zeta=1.1, absent_rate=None):  # fmt: skip
     """{(row, col): (pair, value)} in Python floats, and how near any pair came to a decision's edge."""
     expected, margin = {}, math.inf
     for pair, (_, row, col) in enumerate(enumerate_pairs(layout)):
@@ -96,7 +96,7 @@ def check_canonical(sample, layout):
 def test_against_plain_loops(estimator, noise, kind, dtype):
     layout = make_layout(kind, SIZES, graph_ids=[4, 0, 2**32 - 1, 9])
     logits = (2 * normal(layout.num_pairs, 3)).to(dtype)
-    options = {"seed": -77, "step": 2**32 - 1, "temperature": 0.7, "noise": noise}
+    options = {"seed": -77, "step": 2**32 - 1, "temperature": 0.7, "noise": noise, "absent_rate": 0.25}
     sample = af.sample_edges(logits, layout, estimator=estimator, **options)
     assert sample.value.dtype == dtype and sample.needed is None
     check_canonical(sample, layout)

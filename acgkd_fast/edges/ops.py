@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .._library import define
+from .._library import define, first_order
 from . import reference
 
 _LAYOUT = "Tensor logits, Tensor table, Tensor rng, Tensor temperature, int kind"
@@ -73,6 +73,7 @@ def _sample_edges_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.T
     ctx.settings = settings
 
 
+@first_order
 def _sample_edges_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_value = grads[0].contiguous()
     grad_logits = torch.ops.acgkd_fast.sample_edges_backward(grad_value, *ctx.saved_tensors, *ctx.settings)
@@ -85,6 +86,7 @@ def _candidate_port_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tenso
     ctx.settings = (kind, noise)
 
 
+@first_order
 def _candidate_port_backward(ctx: Any, grad_port: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_logits = torch.ops.acgkd_fast.candidate_port_backward(
         grad_port.contiguous(), *ctx.saved_tensors, *ctx.settings

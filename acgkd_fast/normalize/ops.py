@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._library import define
+from .._library import define, first_order
 from ..edges.reference import compute_dtype
 from . import reference
 
@@ -49,6 +49,7 @@ def _moments_setup(ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Te
     ctx.save_for_backward(inputs[0], output[0])
 
 
+@first_order
 def _moments_backward(ctx: Any, grad_mean: torch.Tensor, grad_variance: torch.Tensor) -> torch.Tensor:
     x, mean = ctx.saved_tensors
     grad: torch.Tensor = torch.ops.acgkd_fast.column_moments_backward(
@@ -65,6 +66,7 @@ def _frozen_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor,
     ctx.has_moments = moments
 
 
+@first_order
 def _frozen_backward(ctx: Any, grad_out: torch.Tensor, *grad_moments: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_mean, grad_variance = (g.contiguous() for g in grad_moments) if ctx.has_moments else (None, None)
     grad_x = torch.ops.acgkd_fast.frozen_norm_relu_backward(

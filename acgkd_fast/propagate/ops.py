@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._library import define
+from .._library import define, first_order
 from ..edges import ops as edge_ops
 from ..edges.reference import compute_dtype
 from . import reference
@@ -74,6 +74,7 @@ def _gcn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, to
     ctx.settings = (add_self_loops, kind)
 
 
+@first_order
 def _gcn_backward(ctx: Any, grad_out: torch.Tensor, _grad_scale: Any) -> tuple[torch.Tensor | None, ...]:
     x, out, value, scale, table, *matrix = ctx.saved_tensors
     add_self_loops, kind = ctx.settings
@@ -98,6 +99,7 @@ def _gin_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.kind = kind
 
 
+@first_order
 def _gin_backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, value, eps, table, *matrix = ctx.saved_tensors
     grad_out = grad_out.contiguous()
@@ -117,6 +119,7 @@ def _readout_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.settings = (mode, x.shape[0])
 
 
+@first_order
 def _readout_backward(ctx: Any, grad_out: torch.Tensor, _grad_argmax: Any) -> tuple[torch.Tensor | None, ...]:
     grad_x = torch.ops.acgkd_fast.readout_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.settings)
     return grad_x, None, None
