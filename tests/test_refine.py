@@ -8,12 +8,25 @@ from helpers import dense
 from search_helpers import SIZES, WIDTH, assert_simple, edge_sets, make_graphs, make_teacher
 
 from acgkd_fast import EdgeSample, GraphBatch, InputError, PairLayout
+from acgkd_fast._library import backend
+from acgkd_fast.distill import native_refiner
 from acgkd_fast.distill.moves import EdgeLists
 from acgkd_fast.distill.refine import Refiner, RefineSettings, refine
 from acgkd_fast.distill.statistics import BatchNormProbe, gaussian_divergence, graph_moment_sums
 from acgkd_fast.files import load_state, save_state
 from acgkd_fast.normalize import column_moments
 from acgkd_fast.teachers import as_teacher
+
+
+@pytest.fixture(autouse=True, params=["native", "generic"])
+def engine(request, monkeypatch):
+    """Every test runs on both engines, where the native one was built."""
+    if request.param == "generic":
+        monkeypatch.setattr(native_refiner, "why_unsupported", lambda *_: "of the test")
+    elif backend("search_steps", "cpu") != "native":
+        pytest.skip("the extension is not built")
+    return request.param
+
 
 # Most tests end long before K is low.
 pytestmark = pytest.mark.filterwarnings("ignore:k. expected at most 0.05")

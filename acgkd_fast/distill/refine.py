@@ -33,6 +33,8 @@ def refine(
     temperature: float = 0.0,
     stop_k: float | None = None,
     min_steps: int = 500,
+    engine: str = "auto",
+    interval: int = 1,
     seed: int = 0,
     feature_kind: str | None = None,
     edge_weights: tuple[PairLayout, torch.Tensor] | None = None,
@@ -51,7 +53,8 @@ def refine(
             ``starts.random_trees``) with features x [N, F] and labels y, the classes equally often. Their sizes and
             labels stay, their features only where they are labels.
         teacher: a Teacher or any module that `as_teacher` accepts; stays frozen.
-        steps, lam_k, w_ce, cap, share, relabel, rewire, temperature, stop_k, min_steps: see :class:`RefineSettings`.
+        steps, lam_k, w_ce, cap, share, relabel, rewire, temperature, stop_k, min_steps, engine, interval: see
+            :class:`RefineSettings`.
         seed, feature_kind, edge_weights, graph_ids: see :class:`Refiner`.
         progress: called with (step, metrics) every `report_every` steps and after the last.
         report_every: how often.
@@ -80,6 +83,8 @@ def refine(
         temperature=temperature,
         stop_k=stop_k,
         min_steps=min_steps,
+        engine=engine,
+        interval=interval,
     )
     refiner = Refiner(
         teacher,

@@ -21,6 +21,7 @@ from ..pseudo_graphs import FEATURE_KINDS
 from ..teachers import Teacher, as_teacher
 from .energy import Energy, GraphScores
 from .moves import EdgeLists, EdgeProposals, Edits, Lane, MoveMix, log_proposal_ratio, proposal_uniforms, propose
+from .native_refiner import advance_native, choose_native
 from .statistics import BatchNormProbe
 
 # Above this K the prototype's pools taught their students little or nothing.
@@ -28,7 +29,7 @@ K_WARNING = 0.05
 # Drawing for many steps at once spreads the hundreds of small tensor operations of the random stream.
 _COUNTERS_AT_ONCE = 2**14
 _STEPS_AT_ONCE = 64
-_CHECK_EVERY = 10
+ENGINES = ("auto", "native", "generic")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class RefineSettings:
         temperature: 0 is greedy, above it Metropolis, in nats of one graph (see :class:`Refiner`).
         stop_k: end once K is below this; None runs all steps.
         min_steps: steps before which `stop_k` does not count.
+        engine: "native" for the compiled search (see ``docs/search.md``), "generic" for forward passes of the whole
+            teacher, "auto" for the native one where it supports teacher, features and device.
+        interval: steps that share one linearisation of K, native only. A call of ``advance`` that ends between two
+            multiples of it ends the round there.
     """
 
     steps: int = 2000
@@ -58,11 +63,16 @@ class RefineSettings:
     temperature: float = 0.0
     stop_k: float | None = None
     min_steps: int = 500
+    engine: str = "auto"
+    interval: int = 1
 
     def __post_init__(self) -> None:
         for name in ("steps", "min_steps"):
             value = getattr(self, name)
             check(isinstance(value, int) and value >= 0, name, "an integer, 0 or more", value)
+        check_choice("engine", self.engine, ENGINES)
+        whole = isinstance(self.interval, int) and self.interval >= 1
+        check(whole, "interval", "1 step or more", self.interval)
         for name in ("lam_k", "w_ce", "cap", "temperature"):
             value = getattr(self, name)
             check(is_number(value) and 0.0 <= value < float("inf"), name, "a finite number, 0 or more", value)
@@ -129,8 +139,12 @@ class Refiner:
 
     Raises:
         InputError: graphs that are not simple, labels or features that do not fit the teacher, a teacher
-            that answers with NaN or infinity, or a BatchNorm layer that sees neither nodes nor graphs.
+            that answers with NaN or infinity, a BatchNorm layer that sees neither nodes nor graphs, or engine
+            "native" or an interval for a search that only the generic engine supports.
     """
+
+    # Steps between two looks at `stop_k` and at the lowest energy of a Metropolis chain.
+    CHECK_EVERY = 10
 
     def __init__(
         self,
@@ -174,6 +188,12 @@ class Refiner:
         self._excess = self._energy.excess(self._scores.loss).sum()
         self._trace = [self._energy.value(self._total, self._excess)]
         self._best = self._trace[0], self._lists.clone(), self._x.clone()
+        self._native = choose_native(self)
+
+    @property
+    def engine(self) -> str:
+        """Which engine takes the steps, "native" or "generic"."""
+        return "generic" if self._native is None else "native"
 
     def graphs(self) -> GraphBatch:
         """The graphs as they stand."""
@@ -185,13 +205,19 @@ class Refiner:
         settings = self.settings
         if self.step >= settings.steps:
             return True
-        if settings.stop_k is None or self.step < settings.min_steps or self.step % _CHECK_EVERY:
+        if settings.stop_k is None or self.step < settings.min_steps or self.step % self.CHECK_EVERY:
             return False
         return bool(self._energy.k(self._total) < settings.stop_k)
 
     @torch.no_grad()
     def advance(self, steps: int = 1) -> None:
         """Take some steps, fewer where the search ends before."""
+        target = self.step + steps
+        while self._native is not None and self.step < target and not self.finished:
+            advance_native(self, self._native, target - self.step)
+            self._remember_best()
+        if self._native is not None:
+            return
         with BatchNormProbe(self.teacher.module) as probe:
             for _ in range(steps):
                 if self.finished:
@@ -246,7 +272,11 @@ class Refiner:
             self._x[nodes[row]] = torch.where(keep[:, None], new_rows, old_rows)
         self.accepted += int(keep.sum())
         self.step += 1
-        if self.settings.temperature > 0.0 and self.step % _CHECK_EVERY == 0 and bool(self._trace[-1] < self._best[0]):
+        self._remember_best()
+
+    def _remember_best(self) -> None:
+        look = self.settings.temperature > 0.0 and self.step % self.CHECK_EVERY == 0
+        if look and bool(self._trace[-1] < self._best[0]):
             self._best = self._trace[-1], self._lists.clone(), self._x.clone()
 
     def _allowed(

@@ -1,0 +1,305 @@
+#include "cpu/search_graph.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cpu/search_rows.h"
+
+namespace acgkd {
+
+Workspace::Workspace(const Network& network, int64_t max_nodes)
+    : weights(max_nodes),
+      inputs(max_nodes),
+      outputs(max_nodes),
+      neighbours(max_nodes),
+      hidden(aligned_floats(network.gin ? max_nodes * network.stride : 0)),
+      pooled(aligned_floats(network.stride)),
+      zeros(aligned_floats(network.stride)) {
+  scores.change.resize(network.norms() * 2 * network.stride);
+}
+
+SearchGraph::SearchGraph(const Network& network, int64_t nodes, std::vector<Edge> edges, const float* x,
+                         const int64_t* label, int64_t target)
+    : network_(network),
+      nodes_(nodes),
+      stride_(network.stride),
+      depth_(network.depth()),
+      target_(target),
+      x_(x),
+      edges_(std::move(edges)),
+      neighbours_(nodes),
+      degree_scale_(nodes),
+      features_(aligned_floats((network.gin ? 4 : 3) * depth_ * nodes * 2 * stride_)),
+      version_((depth_ + 1) * nodes),
+      marked_(nodes),
+      count_(depth_ + 1) {
+  if (label) label_.assign(label, label + nodes);
+}
+
+bool SearchGraph::adjacent(int64_t a, int64_t b) const {
+  return std::binary_search(neighbours_[a].begin(), neighbours_[a].end(), static_cast<int32_t>(b));
+}
+
+void SearchGraph::link(Edge edge, bool present) {
+  for (const auto& [from, to] : {std::pair(edge.low, edge.high), std::pair(edge.high, edge.low)}) {
+    std::vector<int32_t>& list = neighbours_[from];
+    const auto at = std::lower_bound(list.begin(), list.end(), to);
+    present ? void(list.insert(at, to)) : void(list.erase(at));
+    degree_scale_[from] = 1.0f / std::sqrt(static_cast<float>(list.size() + 1));
+  }
+}
+
+Edit SearchGraph::propose(const MoveMix& mix, const double* uniforms) const {
+  const auto index = [](double u, int64_t n) { return static_cast<int64_t>(u * static_cast<double>(n)); };
+  const int64_t count = static_cast<int64_t>(edges_.size());
+  const double kind = uniforms[kKind], first = uniforms[kFirst], second = uniforms[kSecond];
+  Edit edit;
+  edit.kind = static_cast<Move>((kind >= mix.below_relabel) + (kind >= mix.below_rewire) + (kind >= mix.below_add));
+  if (edit.kind == Move::kRelabel) {
+    edit.valid = mix.num_labels > 1;
+    if (!edit.valid) return edit;
+    edit.node = index(first, nodes_);
+    edit.label_before = label_[edit.node];
+    edit.label_after = (edit.label_before + 1 + index(second, mix.num_labels - 1)) % mix.num_labels;
+    return edit;
+  }
+  int64_t one, two;
+  if (edit.kind == Move::kAdd) {
+    if (nodes_ < 2) return edit;
+    one = index(first, nodes_);
+    two = index(second, nodes_ - 1);
+    two += two >= one;
+    edit.slot = count;
+  } else {
+    if (count == 0) return edit;
+    edit.slot = index(first, count);
+    edit.old = edges_[edit.slot];
+    if (edit.kind == Move::kDelete) {
+      edit.valid = true;
+      return edit;
+    }
+    if (nodes_ < 3) return edit;
+    one = uniforms[kEnd] < 0.5 ? edit.old.low : edit.old.high;
+    two = index(second, nodes_ - 2);
+    two += two >= edit.old.low;
+    two += two >= edit.old.high;
+  }
+  edit.fresh = {static_cast<int32_t>(std::min(one, two)), static_cast<int32_t>(std::max(one, two))};
+  edit.valid = !adjacent(one, two);
+  return edit;
+}
+
+void SearchGraph::mark(int64_t node) {
+  if (marked_[node]) return;
+  marked_[node] = 1;
+  dirty_.push_back(static_cast<int32_t>(node));
+}
+
+void SearchGraph::mark_neighbours(int64_t node) {
+  for (const int32_t neighbour : neighbours_[node]) mark(neighbour);
+}
+
+// Rows whose neighbours or normalisers an edge move changed, in every layer.
+void SearchGraph::mark_rewired(const Edit& edit) {
+  if (edit.kind == Move::kRelabel) return;
+  const bool goes = edit.kind != Move::kAdd, comes = edit.kind != Move::kDelete;
+  if (goes) mark(edit.old.low), mark(edit.old.high);
+  if (comes) mark(edit.fresh.low), mark(edit.fresh.high);
+  if (network_.gin) return;
+  // A rewired edge leaves the degree of the end that it keeps alone.
+  const size_t ends = dirty_.size();
+  for (size_t i = 0; i < ends; ++i) {
+    const int32_t node = dirty_[i];
+    const bool lost = goes && (node == edit.old.low || node == edit.old.high);
+    const bool won = comes && (node == edit.fresh.low || node == edit.fresh.high);
+    if (lost != won) mark_neighbours(node);
+  }
+}
+
+void SearchGraph::apply(const Edit& edit, Workspace& work) {
+  switch (edit.kind) {
+    case Move::kRelabel:
+      label_[edit.node] = edit.label_after;
+      break;
+    case Move::kRewire:
+      edges_[edit.slot] = edit.fresh;
+      break;
+    case Move::kAdd:
+      edges_.push_back(edit.fresh);
+      break;
+    case Move::kDelete:
+      edges_[edit.slot] = edges_.back();
+      edges_.pop_back();
+  }
+  if (edit.kind == Move::kRewire || edit.kind == Move::kDelete) link(edit.old, false);
+  if (edit.kind == Move::kRewire || edit.kind == Move::kAdd) link(edit.fresh, true);
+
+  std::fill(work.scores.change.begin(), work.scores.change.end(), 0.0);
+  dirty_.clear();
+  if (edit.kind == Move::kRelabel) mark(edit.node);
+  count_[0] = static_cast<int64_t>(dirty_.size());
+  mark_rewired(edit);
+  int64_t expanded = 0;
+  for (int64_t l = 0; l < depth_; ++l) {
+    // What changed in the layer before reaches the neighbours.
+    for (const int64_t stop = count_[l]; expanded < stop; ++expanded) mark_neighbours(dirty_[expanded]);
+    count_[l + 1] = static_cast<int64_t>(dirty_.size());
+  }
+  for (const int32_t node : dirty_) marked_[node] = 0;
+  flip();
+
+  input_rows(work);
+  for (int64_t l = 0; l < depth_; ++l) layer_rows(l, false, work);
+  classify(work);
+}
+
+void SearchGraph::revert(const Edit& edit) {
+  switch (edit.kind) {
+    case Move::kRelabel:
+      label_[edit.node] = edit.label_before;
+      break;
+    case Move::kRewire:
+      edges_[edit.slot] = edit.old;
+      break;
+    case Move::kAdd:
+      edges_.pop_back();
+      break;
+    case Move::kDelete:
+      if (edit.slot == static_cast<int64_t>(edges_.size())) {
+        edges_.push_back(edit.old);
+      } else {
+        edges_.push_back(edges_[edit.slot]);
+        edges_[edit.slot] = edit.old;
+      }
+  }
+  if (edit.kind == Move::kRewire || edit.kind == Move::kAdd) link(edit.fresh, false);
+  if (edit.kind == Move::kRewire || edit.kind == Move::kDelete) link(edit.old, true);
+  flip();
+}
+
+void SearchGraph::flip() {
+  for (int64_t level = 0; level <= depth_; ++level) {
+    for (int64_t i = 0; i < count_[level]; ++i) version_[level * nodes_ + dirty_[i]] ^= 1;
+  }
+}
+
+void SearchGraph::rebuild(Workspace& work) {
+  for (std::vector<int32_t>& list : neighbours_) list.clear();
+  for (const Edge edge : edges_) {
+    neighbours_[edge.low].push_back(edge.high);
+    neighbours_[edge.high].push_back(edge.low);
+  }
+  dirty_.resize(nodes_);
+  for (int64_t node = 0; node < nodes_; ++node) {
+    std::sort(neighbours_[node].begin(), neighbours_[node].end());
+    degree_scale_[node] = 1.0f / std::sqrt(static_cast<float>(neighbours_[node].size() + 1));
+    dirty_[node] = static_cast<int32_t>(node);
+  }
+  std::fill(count_.begin(), count_.end(), nodes_);
+  std::fill(work.scores.change.begin(), work.scores.change.end(), 0.0);
+  input_rows(work);
+  for (int64_t l = 0; l < depth_; ++l) layer_rows(l, true, work);
+  classify(work);
+}
+
+void SearchGraph::restore(const std::vector<Edge>& edges, const std::vector<int64_t>& label, Workspace& work) {
+  edges_ = edges;
+  label_ = label;
+  rebuild(work);
+}
+
+void SearchGraph::input_rows(Workspace& work) {
+  const Linear& linear = network_.layers[0].transform;
+  for (int64_t i = 0; i < count_[0]; ++i) {
+    const int32_t node = dirty_[i];
+    float* out = row(transform_plane(0), 0, node);
+    if (label_.empty()) {
+      work.inputs[i] = x_ + node * network_.features;
+      work.outputs[i] = out;
+    } else {
+      std::memcpy(out, linear.weight.get() + label_[node] * stride_, stride_ * sizeof(float));
+    }
+  }
+  if (label_.empty()) {
+    multiply_rows(work.inputs.data(), count_[0], linear.inputs, linear.weight.get(), nullptr, stride_,
+                  work.outputs.data());
+  }
+}
+
+void SearchGraph::layer_rows(int64_t l, bool fresh, Workspace& work) {
+  const Layer& layer = network_.layers[l];
+  const int64_t count = count_[l + 1], level = l + 1, last = network_.gin ? second_plane(l) : aggregate_plane(l);
+  double* change = work.scores.change.data() + l * (network_.gin ? 4 : 2) * stride_;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t node = dirty_[i];
+    const std::vector<int32_t>& list = neighbours_[node];
+    const float scale = network_.gin ? 1.0f : degree_scale_[node];
+    for (size_t j = 0; j < list.size(); ++j) {
+      work.neighbours[j] = row(transform_plane(l), l, list[j]);
+      work.weights[j] = network_.gin ? 1.0f : degree_scale_[list[j]];
+    }
+    gather_row(row(transform_plane(l), l, node), network_.gin ? layer.self : scale, work.neighbours.data(),
+               work.weights.data(), static_cast<int64_t>(list.size()), scale, layer.transform.bias.get(), stride_,
+               row(aggregate_plane(l), level, node));
+  }
+  const auto activate = [&](int64_t i, int64_t plane, const Norm& norm, const float* residual, float* out) {
+    const int32_t node = dirty_[i];
+    const float* old = fresh ? work.zeros.get() : row(plane, level, node, true);
+    activate_row(row(plane, level, node), old, norm.scale.get(), norm.shift.get(), residual, stride_, out, change,
+                 change + stride_);
+  };
+  if (network_.gin) {
+    for (int64_t i = 0; i < count; ++i) {
+      float* hidden = work.hidden.get() + i * stride_;
+      activate(i, aggregate_plane(l), layer.inner, nullptr, hidden);
+      work.inputs[i] = hidden;
+      work.outputs[i] = row(last, level, dirty_[i]);
+    }
+    multiply_rows(work.inputs.data(), count, network_.width, layer.second.weight.get(), layer.second.bias.get(),
+                  stride_, work.outputs.data());
+    change += 2 * stride_;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const float* residual = l ? row(output_plane(l - 1), l, dirty_[i]) : nullptr;
+    float* out = row(output_plane(l), level, dirty_[i]);
+    activate(i, last, layer.norm, residual, out);
+    work.inputs[i] = out;
+  }
+  if (level == depth_) return;
+  const Linear& next = network_.layers[level].transform;
+  for (int64_t i = 0; i < count; ++i) work.outputs[i] = row(transform_plane(level), level, dirty_[i]);
+  multiply_rows(work.inputs.data(), count, network_.width, next.weight.get(), nullptr, stride_, work.outputs.data());
+}
+
+void SearchGraph::classify(Workspace& work) {
+  float* pooled = work.pooled.get();
+  std::memcpy(pooled, row(output_plane(depth_ - 1), depth_, 0), stride_ * sizeof(float));
+  for (int64_t node = 1; node < nodes_; ++node) {
+    const float* h = row(output_plane(depth_ - 1), depth_, node);
+    network_.pooling == Pooling::kMax ? max_row(h, stride_, pooled) : add_row(h, stride_, pooled);
+  }
+  if (network_.pooling == Pooling::kMean) {
+    for (int64_t k = 0; k < stride_; ++k) pooled[k] /= static_cast<float>(nodes_);
+  }
+  // Running log-sum-exp: no logits are stored.
+  double largest = -HUGE_VAL, sum = 0, own = 0;
+  int64_t best = 0;
+  for (int64_t c = 0; c < network_.classes; ++c) {
+    double logit = network_.classifier_bias[c];
+    const float* weight = network_.classifier.data() + c * network_.width;
+    for (int64_t k = 0; k < network_.width; ++k) logit += static_cast<double>(weight[k]) * pooled[k];
+    if (c == target_) own = logit;
+    if (logit > largest) {
+      sum = sum * std::exp(largest - logit) + 1.0;
+      largest = logit;
+      best = c;
+    } else {
+      sum += std::exp(logit - largest);
+    }
+  }
+  work.scores.loss = largest + std::log(sum) - own;
+  work.scores.hit = best == target_;
+}
+
+}  // namespace acgkd

@@ -1,0 +1,117 @@
+// One graph of the search: its edges, and the teacher's features of all its nodes in all layers.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/search_network.h"
+#include "philox.h"
+
+namespace acgkd {
+
+constexpr uint32_t kProposalStream = 3;
+
+// Numbers as in acgkd_fast/distill/moves.py.
+enum class Move : int { kRelabel = 0, kRewire = 1, kAdd = 2, kDelete = 3 };
+enum Lane : int { kChoice = 0, kKind = 1, kFirst = 2, kSecond = 3, kEnd = 4, kAccept = 5, kNumLanes = 6 };
+
+// An undirected edge, low < high.
+struct Edge {
+  int32_t low, high;
+};
+
+struct Edit {
+  Move kind;
+  bool valid = false;
+  // Position in the edge list.
+  int64_t slot = 0;
+  Edge old{}, fresh{};
+  int64_t node = 0, label_before = 0, label_after = 0;
+};
+
+// u below the first relabels, below the second rewires, below the third adds, else deletes.
+struct MoveMix {
+  double below_relabel, below_rewire, below_add;
+  int64_t num_labels;
+};
+
+// Change of a graph's moment sums, [norms, 2, stride] in double, and where its loss stands afterwards.
+struct Scores {
+  std::vector<double> change;
+  double loss = 0;
+  bool hit = false;
+};
+
+// Scratch memory of one thread.
+struct Workspace {
+  Workspace(const Network& network, int64_t max_nodes);
+
+  Scores scores;
+  std::vector<float> weights;
+  std::vector<const float*> inputs;
+  std::vector<float*> outputs;
+  std::vector<const float*> neighbours;
+  AlignedFloats hidden, pooled, zeros;
+};
+
+class SearchGraph {
+ public:
+  // `x` holds one row of features per node; `label` their labels where those are free, else null.
+  SearchGraph(const Network& network, int64_t nodes, std::vector<Edge> edges, const float* x, const int64_t* label,
+              int64_t target);
+
+  // One edit by the rules of moves.propose, from the uniforms of this graph and step.
+  Edit propose(const MoveMix& mix, const double* uniforms) const;
+
+  // Carries out an edit and brings all features up to date; `revert` takes back the latest one.
+  void apply(const Edit& edit, Workspace& work);
+  void revert(const Edit& edit);
+
+  // Everything anew from edges and labels; the scores hold the sums themselves.
+  void rebuild(Workspace& work);
+  void restore(const std::vector<Edge>& edges, const std::vector<int64_t>& label, Workspace& work);
+
+  int64_t nodes() const { return nodes_; }
+  const std::vector<Edge>& edges() const { return edges_; }
+  const std::vector<int64_t>& label() const { return label_; }
+
+ private:
+  float* row(int64_t plane, int64_t level, int64_t node, bool previous = false) {
+    return features_.get() + ((plane * nodes_ + node) * 2 + (version_[level * nodes_ + node] ^ previous)) * stride_;
+  }
+  int64_t transform_plane(int64_t layer) const { return layer; }
+  int64_t aggregate_plane(int64_t layer) const { return depth_ + layer; }
+  int64_t output_plane(int64_t layer) const { return 2 * depth_ + layer; }
+  int64_t second_plane(int64_t layer) const { return 3 * depth_ + layer; }
+
+  bool adjacent(int64_t a, int64_t b) const;
+  void link(Edge edge, bool present);
+  void mark(int64_t node);
+  void mark_neighbours(int64_t node);
+  void mark_rewired(const Edit& edit);
+  void flip();
+  void input_rows(Workspace& work);
+  // `fresh`: there are no earlier rows to take the difference from.
+  void layer_rows(int64_t layer, bool fresh, Workspace& work);
+  void transform_rows(const Linear& linear, int64_t level, int64_t from_plane, int64_t to_plane, Workspace& work);
+  void classify(Workspace& work);
+
+  const Network& network_;
+  int64_t nodes_, stride_, depth_, target_;
+  const float* x_;
+  std::vector<Edge> edges_;
+  std::vector<int64_t> label_;
+  // Ascending, so that sums over neighbours do not depend on the history of the graph.
+  std::vector<std::vector<int32_t>> neighbours_;
+  // (degree + 1)^-1/2.
+  std::vector<float> degree_scale_;
+  // Two versions of every row, so that an edit is taken back by a flip. Level 0: the transformed input;
+  // level l + 1: everything that layer l computes, and the transform of the next.
+  AlignedFloats features_;
+  std::vector<uint8_t> version_, marked_;
+  // Rows that the latest edit changed, in the order of their distance; the first count_[level] of them at that level.
+  std::vector<int32_t> dirty_;
+  std::vector<int64_t> count_;
+};
+
+}  // namespace acgkd
