@@ -1,0 +1,308 @@
+"""The CUDA kernels' own sources, compiled for the host and run thread by thread, against the oracle.
+
+See csrc/cuda/emulation.h. Values and gradients of all operators, and results that do not depend on the order in which
+threads run between two barriers, which is how a missing barrier shows without a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cuda_cases import LAYERS, READOUT_MODES, TOLERANCE, Case, Inputs, compare, compare_normalize, compare_readout, run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils import cpp_extension
+
+import acgkd_fast.normalize  # noqa: F401  declares operators whose schemas are copied
+from acgkd_fast import _library
+
+CUDA_SOURCES = sorted((Path(__file__).parents[1] / "csrc/cuda").glob("*.cu"))
+DTYPES = tuple(TOLERANCE)
+OPERATORS = [
+    name
+    for name in _library.operators()
+    if name.startswith(("gcn_", "gin_", "readout", "column_moments", "frozen_norm_relu"))
+]
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    pytest.mark.skipif(not CUDA_SOURCES, reason="needs the sources in csrc/cuda"),
+    pytest.mark.usefixtures("poison"),
+]
+
+
+def compile_for_host(source: Path, folder: Path) -> Path:
+    target = folder / f"{source.stem}.o"
+    options = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+    ]
+    defines = ["-DACGKD_FAST_EMULATION", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    command = ["g++", *options, *defines, *includes, "-x", "c++", "-c", str(source), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """`ops` with the emulated operators, and `configure(order, processors)`, which returns the launches since."""
+    folder = tmp_path_factory.mktemp("emulation")
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda source: compile_for_host(source, folder), CUDA_SOURCES))
+    library = folder / "libacgkd_fast_emulation.so"
+    paths = [option for path in cpp_extension.library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    link = ["g++", "-shared", "-o", str(library), *map(str, objects), *paths, "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run(link, check=True)
+    schemas = torch.library.Library("acgkd_fast_emulation", "DEF")
+    for name in OPERATORS:
+        schemas.define(str(getattr(torch.ops.acgkd_fast, name).default._schema).split("::", 1)[1])
+    torch.ops.load_library(str(library))
+    configure = ctypes.CDLL(str(library)).acgkd_fast_emulate
+    configure(0, 4)
+    yield SimpleNamespace(ops=torch.ops.acgkd_fast_emulation, configure=configure)
+    schemas._destroy()
+
+
+def bits(outputs: dict[str, torch.Tensor] | list[torch.Tensor]) -> list[bytes]:
+    tensors = outputs.values() if isinstance(outputs, dict) else outputs
+    return [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
+
+
+def assert_order_does_not_matter(emulated: SimpleNamespace, compute: Any, processors: int = 4) -> None:
+    """The same bits whichever thread and block goes first."""
+    emulated.configure(0, processors)
+    first = bits(compute())
+    for order in (1, 7):
+        emulated.configure(order, processors)
+        assert bits(compute()) == first, order
+    emulated.configure(0, 4)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    sizes=st.lists(st.integers(1, 9), max_size=4),
+    width=st.integers(0, 40),
+    layer=st.sampled_from(LAYERS),
+    dtype=st.sampled_from(DTYPES),
+    symmetric=st.booleans(),
+    density=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+    capacity_slack=st.sampled_from([0, 1, 300]),
+    misaligned=st.booleans(),
+    eps_dtype=st.sampled_from(DTYPES),
+    processors=st.sampled_from([1, 4]),
+    seed=st.integers(0, 99),
+)
+def test_ragged_batches(emulated, layer, dtype, eps_dtype, processors, sizes, **options):
+    emulated.configure(0, processors)
+    compare(emulated.ops, layer, Inputs(Case(tuple(sizes), **options), dtype), eps_dtype)
+
+
+@pytest.mark.parametrize("width", [1, 4, 33, 64, 130, 256, 260, 520])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["tied", "directed"])
+def test_widths_of_one_and_several_tiles(emulated, dtype, symmetric, width):
+    for layer in ("gcn", "gin"):
+        compare(emulated.ops, layer, Inputs(Case((7, 1, 12), width, symmetric=symmetric), dtype))
+
+
+@pytest.mark.parametrize("width", [3, 8, 260])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["tied", "directed"])
+def test_rows_too_long_for_one_group(emulated, dtype, symmetric, width):
+    """Two nodes of degree 200 among nodes of degree 4, so the block shares their entries."""
+    inputs = Inputs(Case((200, 5), width, hubs=2, symmetric=symmetric, capacity_slack=3), dtype)
+    degrees = inputs.edges.rowptr.diff()
+    # Of a directed matrix the hubs' columns are long instead: rows of the transpose.
+    assert degrees.max() > 128 or (inputs.edges.transposed()[0].diff().max() > 128 and not symmetric)
+    for layer in ("gcn", "gin"):
+        compare(emulated.ops, layer, inputs)
+
+
+def test_transpose_of_long_rows(emulated):
+    """A directed matrix whose rows, not columns, are long."""
+    inputs = Inputs(Case((200,), 5, hubs=2, symmetric=False), torch.float32)
+    row, col = inputs.edges.col.long(), inputs.edges.row()
+    flipped = type(inputs.edges).from_edge_index(torch.stack([col, row]), inputs.edges.ptr, inputs.edges.value)
+    assert flipped.rowptr.diff().max() > 128
+    inputs.edges = flipped
+    for layer in ("gcn", "gin"):
+        compare(emulated.ops, layer, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("processors", [1, 4], ids=["64 rows per block", "16 rows per block"])
+def test_features_staged_in_shared_memory(emulated, dtype, processors):
+    """Dense small graphs: rows are gathered many times, and the window of a block fits."""
+    emulated.configure(0, processors)
+    for layer in ("gcn", "gin"):
+        compare(emulated.ops, layer, Inputs(Case((30, 40, 20), 64, density=0.6), dtype))
+
+
+def test_staging_confirms_the_order_of_columns(emulated):
+    """Columns that do not ascend give a window that the ends of the rows do not show."""
+    inputs = Inputs(Case((30, 40), 64, density=0.6), torch.float32)
+    edges = inputs.edges
+    row = edges.row()
+    order = torch.argsort(row * 2 + torch.rand(len(row), generator=torch.Generator().manual_seed(1)))
+    edges.col, edges.value = edges.col[order], edges.value[order]
+    inputs.edges.symmetric, inputs.case = False, Case((30, 40), 64, symmetric=False)
+    found = run(emulated.ops, "gcn", inputs)
+    matrix = inputs.oracle_matrix()
+    out, _ = _library.reference("gcn_propagate")(inputs.x.double(), inputs.oracle_value(), None, None, *matrix, True, 0)
+    torch.testing.assert_close(found["out"].double(), out, rtol=1e-5, atol=1e-5)
+
+
+def test_launches(emulated):
+    """Degrees are folded into the forward kernel of a small batch, and backward is one sweep."""
+
+    def count(layer: str, inputs: Inputs) -> int:
+        emulated.configure(0, 4)
+        run(emulated.ops, layer, inputs, torch.zeros(1))
+        return emulated.configure(0, 4)
+
+    small, large = Inputs(Case((9, 4), 8), torch.float32), Inputs(Case((4200,), 8, hubs=1), torch.float32)
+    assert count("gcn", small) == 1 + 1
+    assert count("gcn", large) == 2 + 1
+    # The second launch of GIN's backward pass adds up the gradient of eps.
+    assert count("gin", small) == 1 + 2
+
+
+def test_large_batches_take_degrees_from_their_own_launch(emulated):
+    for symmetric in (True, False):
+        compare(emulated.ops, "gcn", Inputs(Case((4200, 3), 5, hubs=2, symmetric=symmetric), torch.float32))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("nodes", [0, 5])
+def test_an_overflowed_sample_is_empty(emulated, layer, nodes):
+    inputs = Inputs(Case((nodes,) if nodes else (), 6, density=0.0, capacity_slack=700), torch.float32)
+    found = compare(emulated.ops, layer, inputs)
+    assert not found["grad_value"].any() and len(found["grad_value"]) == 700
+
+
+@pytest.mark.parametrize("layer", ["gcn", "gin"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((12, 30), 20, density=0.5),
+        Case((30, 40, 20), 64, density=0.6),
+        Case((200, 5), 8, hubs=2),
+        Case((200, 5), 8, hubs=2, symmetric=False),
+        Case((12, 9), 260, symmetric=False),
+    ],
+    ids=["scalar", "staged", "long rows", "long rows directed", "tiles directed"],
+)
+def test_order_of_threads_does_not_matter(emulated, layer, case):
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = Inputs(case, dtype)
+        assert_order_does_not_matter(emulated, lambda inputs=inputs: run(emulated.ops, layer, inputs, torch.zeros(1)))
+
+
+@pytest.mark.parametrize("mode", READOUT_MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_readout(emulated, dtype, mode):
+    for sizes in ([], [1], [3, 0, 17, 1], [0]):
+        for width, misaligned in ((0, False), (1, False), (8, False), (8, True), (130, False)):
+            compare_readout(emulated.ops, sizes, width, mode, dtype, misaligned=misaligned)
+
+
+@pytest.mark.parametrize("mode", READOUT_MODES)
+def test_readout_of_large_graphs_in_slices(emulated, mode):
+    for width in (5, 64):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert_order_does_not_matter(
+                emulated, lambda w=width, d=dtype: compare_readout(emulated.ops, [900, 0, 3], w, mode, d), processors=8
+            )
+    emulated.configure(0, 8)
+    compare_readout(emulated.ops, [900, 0, 3], 64, mode, torch.float32)
+    assert emulated.configure(0, 4) == 3
+
+
+def test_maximum_of_not_a_number(emulated):
+    x = torch.randn(20, 5, generator=torch.Generator().manual_seed(1))
+    x[7, 2], x[3, 4] = float("nan"), float("-inf")
+    ptr = torch.tensor([0, 10, 20])
+    expected = _library.reference("readout")(x, ptr, 2)
+    for actual, oracle in zip(emulated.ops.readout(x, ptr, 2), expected, strict=True):
+        torch.testing.assert_close(actual, oracle, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_normalize(emulated, dtype):
+    for rows, width in [(0, 5), (1, 1), (5, 3), (129, 8), (300, 64), (70, 130), (4, 0)]:
+        compare_normalize(emulated.ops, rows, width, dtype, misaligned=rows == 129)
+
+
+def test_moments_of_many_blocks(emulated):
+    """With eight processors 900 rows of 64 are eight blocks, merged by a second launch."""
+    assert_order_does_not_matter(
+        emulated, lambda: compare_normalize(emulated.ops, 900, 64, torch.float32), processors=8
+    )
+    x, constants = torch.randn(900, 64), [torch.ones(64)] * 4
+    emulated.configure(0, 8)
+    emulated.ops.column_moments(x)
+    assert emulated.configure(0, 8) == 2
+    emulated.ops.frozen_norm_relu(x, None, *constants, 1e-5, True)
+    assert emulated.configure(0, 8) == 2
+    emulated.ops.frozen_norm_relu(x, None, *constants, 1e-5, False)
+    assert emulated.configure(0, 4) == 1
+
+
+def test_not_a_number_passes_the_frozen_norm_alone(emulated):
+    x, one = torch.tensor([[float("nan"), 1.0]]), torch.ones(2)
+    out, *_ = emulated.ops.frozen_norm_relu(x, None, 0 * one, one, one, 0 * one, 1e-5, False)
+    assert out[0, 0].isnan() and not out[0, 1].isnan()
+    grad = emulated.ops.frozen_norm_relu_backward(
+        torch.ones(1, 2), None, None, x, torch.empty(0), 0 * one, one, one, 0 * one, 1e-5
+    )
+    reference = _library.reference("frozen_norm_relu_backward")
+    torch.testing.assert_close(
+        grad, reference(torch.ones(1, 2), None, None, x, torch.empty(0), 0 * one, one, one, 0 * one, 1e-5)
+    )
+
+
+def test_bad_operands_are_named(emulated):
+    inputs = Inputs(Case((5, 4), 8, density=1.0), torch.float32)
+    matrix, value = inputs.matrix(), inputs.value()
+
+    def forward(x=inputs.x, value=value, rowptr=matrix[0], col=matrix[1]):
+        return emulated.ops.gcn_propagate(x, value, None, None, rowptr, col, None, None, None, True, 0)
+
+    forward()
+    with pytest.raises(RuntimeError, match="x: expected 2 dimensions"):
+        forward(x=inputs.x[0])
+    with pytest.raises(RuntimeError, match="x: expected float32, float64 or bfloat16"):
+        forward(x=inputs.x.half(), value=value.half())
+    with pytest.raises(RuntimeError, match="value: expected the dtype of x"):
+        forward(value=value.double())
+    with pytest.raises(RuntimeError, match="value: expected 32 elements, got 31"):
+        forward(value=value[:-1])
+    with pytest.raises(RuntimeError, match="rowptr: expected 10 elements, got 9"):
+        forward(rowptr=matrix[0][:-1])
+    with pytest.raises(RuntimeError, match="expected int32"):
+        forward(col=matrix[1].long())
+    with pytest.raises(RuntimeError, match="eps: expected one element, got 2"):
+        emulated.ops.gin_propagate(inputs.x, value, torch.zeros(2), None, None, *matrix, 0)
+    with pytest.raises(RuntimeError, match="grad_out: expected shape, dtype and device of x"):
+        emulated.ops.gin_propagate_backward(inputs.x[:-1], inputs.x, value, torch.zeros(1), *matrix)
+    with pytest.raises(RuntimeError, match="expected all three or none"):
+        broken = (*matrix[:2], matrix[0], None, None)
+        emulated.ops.gin_propagate_backward(inputs.x, inputs.x, value, torch.zeros(1), *broken)
+    with pytest.raises(RuntimeError, match="ptr: expected int64"):
+        emulated.ops.readout(inputs.x, torch.tensor([0, 9], dtype=torch.int32), 0)
