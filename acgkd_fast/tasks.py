@@ -156,7 +156,7 @@ def run_demo(out: Path, *, quick: bool, seed: int, progress: Progress) -> str:
             "prior.min_nodes": 20,
             "prior.max_nodes": 30,
             "refine.steps": 200 if quick else 1500,
-            "student.epochs": 10 if quick else 60,
+            "student.epochs": 10 if quick else RunConfig().student.epochs,
         }
     )
     # The run is given the teacher alone. What is held back of the data only measures, after the run.

@@ -1,0 +1,58 @@
+# The torch of the development environment; pinned here and nowhere else.
+TORCH ?= 2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null || echo uncommitted)
+
+.PHONY: demo test bench gpu-check lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/acgkd-fast demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m pytest -q bench --benchmark-json=bench/results/$(COMMIT).json
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Uses the python that is there: no virtual environment, no network.
+gpu-check:
+	@test -n "$(RESULTS)" || { echo "gpu-check: expected RESULTS=folder, got none" >&2; exit 2; }
+	mkdir -p "$(RESULTS)"
+	ACGKD_FAST_BUILD=cuda $(PYTHON) -m pip install --no-build-isolation --no-deps .
+	$(PYTHON) tests/gpu_check.py "$(abspath $(RESULTS))"
+
+$(VENV)/.torch: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q torch==$(TORCH) "setuptools>=70.1" ninja
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation -e .
+	touch $@
+
+# Asking for the extras of what is installed already adds them without another build.
+$(VENV)/.demo: $(VENV)/.built
+	$(BIN)/python -m pip install -q "acgkd-fast[pyg,report]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install -q "acgkd-fast[test,triton]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(BIN)/python -m pip install -q "acgkd-fast[bench]"
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.built
+	$(BIN)/python -m pip install -q "acgkd-fast[lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info acgkd_fast/_C*.so acgkd_fast/_build_info.json
