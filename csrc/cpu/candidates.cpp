@@ -1,4 +1,6 @@
 // candidate_gradient: products of the features of every candidate pair.
+#include "cpu/candidates.h"
+
 #include <algorithm>
 #include <vector>
 
@@ -119,6 +121,8 @@ ACGKD_FOR_TYPE(float)
 ACGKD_FOR_TYPE(double)
 ACGKD_FOR_TYPE(BFloat16)
 
+}  // namespace
+
 Tensor candidate_gradient(const Tensor& left, const Tensor& right, const Tensor& node_term, const Tensor& table,
                           int64_t kind, int64_t num_pairs) {
   const char* op = "candidate_gradient";
@@ -151,8 +155,6 @@ Tensor candidate_gradient(const Tensor& left, const Tensor& right, const Tensor&
   });
   return grad;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(acgkd_fast, CPU, m) { m.impl("candidate_gradient", TORCH_BOX(&candidate_gradient)); }
 

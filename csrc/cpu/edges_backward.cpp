@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <array>
 
+#include "cpu/candidates.h"
 #include "cpu/matrix.h"
 #include "cpu/pairs.h"
 #include "cpu/sample.h"
@@ -149,6 +150,24 @@ Tensor candidate_port(const Tensor& logits, const Tensor& table, const Tensor& r
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// out = slope times grad where the pair was not drawn, else 0; `out` may be `grad`.
+template <typename Stored>
+void absent_gradient(const Layouts& layouts, const Draw& draw, const Stored* theta, const Stored* grad, Stored* out) {
+  for_pair_blocks(layouts, draw.address, [&](const GraphLayout& graph, const Address& address, int64_t first, int count) {
+    Batch<WideOf<Stored>> batch;
+    const int64_t offset = graph.first_pair + first;
+    load_block(theta + offset, count, batch.theta);
+    words_block(address, static_cast<uint32_t>(first / 4), batch.words);
+    uniforms_block(batch.words, false, batch.u);
+    slopes(draw, batch.theta, batch.u, batch.z, batch.slope);
+    const uint64_t drawn = drawn_block(batch.theta, batch.u, draw.noise);
+    for (int i = 0; i < count; ++i) {
+      const auto incoming = static_cast<WideOf<Stored>>(grad[offset + i]);
+      out[offset + i] = static_cast<Stored>(drawn >> i & 1 ? 0 : batch.slope[i] * incoming);
+    }
+  });
+}
+
 Tensor candidate_port_backward(const Tensor& grad_port, const Tensor& logits, const Tensor& table, const Tensor& rng,
                                const Tensor& temperature, int64_t kind, int64_t noise) {
   const char* op = "candidate_port_backward";
@@ -158,24 +177,24 @@ Tensor candidate_port_backward(const Tensor& grad_port, const Tensor& logits, co
   const Tensor grad_logits = new_tensor(logits, {layouts.num_pairs}, logits.scalar_type());
   by_dtype(op, logits, [&](auto* type) {
     using Stored = std::remove_pointer_t<decltype(type)>;
-    const Stored *theta = read<Stored>(logits), *grad = read<Stored>(grad_port);
-    Stored* out = write<Stored>(grad_logits);
-    for_pair_blocks(layouts, draw.address,
-                    [&](const GraphLayout& graph, const Address& address, int64_t first, int count) {
-                      Batch<WideOf<Stored>> batch;
-                      const int64_t offset = graph.first_pair + first;
-                      load_block(theta + offset, count, batch.theta);
-                      words_block(address, static_cast<uint32_t>(first / 4), batch.words);
-                      uniforms_block(batch.words, false, batch.u);
-                      slopes(draw, batch.theta, batch.u, batch.z, batch.slope);
-                      const uint64_t drawn = drawn_block(batch.theta, batch.u, draw.noise);
-                      for (int i = 0; i < count; ++i) {
-                        const auto incoming = static_cast<WideOf<Stored>>(grad[offset + i]);
-                        out[offset + i] = static_cast<Stored>(drawn >> i & 1 ? 0 : batch.slope[i] * incoming);
-                      }
-                    });
+    absent_gradient(layouts, draw, read<Stored>(logits), read<Stored>(grad_port), write<Stored>(grad_logits));
   });
   return grad_logits;
+}
+
+Tensor candidate_backward(const Tensor& left, const Tensor& right, const Tensor& node_term, const Tensor& logits,
+                          const Tensor& table, const Tensor& rng, const Tensor& temperature, int64_t kind,
+                          int64_t noise) {
+  const char* op = "candidate_backward";
+  const Layouts layouts(op, table, kind);
+  const Draw draw = straight_through(op, layouts, logits, rng, temperature, noise);
+  check(op, "left", left, logits.scalar_type(), {layouts.num_nodes, kAny});
+  const Tensor grad = candidate_gradient(left, right, node_term, table, kind, layouts.num_pairs);
+  by_dtype(op, logits, [&](auto* type) {
+    using Stored = std::remove_pointer_t<decltype(type)>;
+    absent_gradient(layouts, draw, read<Stored>(logits), read<Stored>(grad), write<Stored>(grad));
+  });
+  return grad;
 }
 
 Tensor pair_uniforms(const Tensor& table, const Tensor& rng, int64_t kind, int64_t stream, int64_t num_pairs) {
@@ -204,6 +223,7 @@ STABLE_TORCH_LIBRARY_IMPL(acgkd_fast, CPU, m) {
   m.impl("sample_edges_backward", TORCH_BOX(&sample_edges_backward));
   m.impl("candidate_port", TORCH_BOX(&candidate_port));
   m.impl("candidate_port_backward", TORCH_BOX(&candidate_port_backward));
+  m.impl("candidate_backward", TORCH_BOX(&candidate_backward));
   m.impl("pair_uniforms", TORCH_BOX(&pair_uniforms));
 }
 
