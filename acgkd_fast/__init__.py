@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .distill.refine import refine as refine
     from .distill.student import StudentSettings as StudentSettings
     from .distill.student import distill_student as distill_student
+    from .edges import FactorLogits as FactorLogits
     from .edges import arm_gradient as arm_gradient
     from .edges import sample_edges as sample_edges
     from .errors import DataError as DataError
@@ -45,6 +46,7 @@ _HOMES = {
     "refine": ".distill.refine",
     "StudentSettings": ".distill.student",
     "distill_student": ".distill.student",
+    "FactorLogits": ".edges",
     "arm_gradient": ".edges",
     "sample_edges": ".edges",
     "DataError": ".errors",

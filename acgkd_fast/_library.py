@@ -8,6 +8,7 @@ prefers those, and runs the plain-torch one elsewhere, after one clear notice.
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,10 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     @functools.wraps(reference)
     def run_reference(*args: Any) -> Any:
         device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+        if device == "cuda" and name not in _native.TRITON_OPS:
+            register_triton()
+            if name in _native.TRITON_OPS:
+                return getattr(getattr(torch.ops, NAMESPACE), name)(*args)
         _notice(device)
         return reference(*args)
 
@@ -60,10 +65,26 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def why_missing(device: str) -> str:
+    """One sentence or two on why no kernel of ours serves a device type."""
+    refusal = register_triton() if device == "cuda" else None
+    return _native.why_missing(device) + (f" {refusal}" if refusal else "")
+
+
+def register_triton() -> str | None:
+    """Put the Triton kernels behind the operators on CUDA tensors; None, or why that cannot be done."""
+    try:
+        kernels = importlib.import_module("acgkd_fast.kernels")
+    except ImportError as error:
+        return f"acgkd_fast.kernels is not installed ({error})."
+    refusal: str | None = kernels.register()
+    return refusal
+
+
 @functools.cache
 def _notice(device: str) -> None:
     warnings.warn(
-        f"acgkd_fast runs plain torch on {device} tensors: {_native.why_missing(device)} Results are the same, slower. "
+        f"acgkd_fast runs plain torch on {device} tensors: {why_missing(device)} Results are the same, slower. "
         "See `acgkd-fast doctor`.",
         RuntimeWarning,
         stacklevel=4,
@@ -73,6 +94,8 @@ def _notice(device: str) -> None:
 def backend(name: str, device: torch.device | str) -> str:
     """Which kernel the dispatcher runs for an operator: "native", "triton" or "reference"."""
     key = "CUDA" if torch.device(device).type == "cuda" else "CPU"
+    if key == "CUDA":
+        register_triton()
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
         return "reference"
     return "triton" if name in _native.TRITON_OPS and key == "CUDA" else "native"

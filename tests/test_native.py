@@ -16,16 +16,13 @@ from helpers import LAYOUT_KINDS, layouts, make_layout, normal, random_edges
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acgkd_fast import EdgeSample, PairLayout, _library, philox
+from acgkd_fast import EdgeSample, PairLayout, _library, build_info, philox
 from acgkd_fast.edges.estimators import Estimator, Noise
 from acgkd_fast.edges.reference import compute_dtype, perturbed_logits
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
-    pytest.mark.skipif(
-        any(_library.backend(name, "cpu") != "native" for name in _library.operators()),
-        reason="the native extension is not built",
-    ),
+    pytest.mark.skipif(not build_info()["loaded"], reason="the native extension is not built"),
 ]
 
 OPS = torch.ops.acgkd_fast
@@ -175,6 +172,11 @@ def test_candidate_gradient(kind, dtype):
             left, right = (normal((layout.num_nodes, width), seed, dtype) for seed in (index, 7))
             arguments = (left, right, normal(layout.num_nodes, 9, dtype), layout.table, layout.kind, layout.num_pairs)
             assert_close(OPS.candidate_gradient(*arguments), oracle("candidate_gradient", *arguments), 4)
+            rng, temperature = state(index)
+            logits = normal(layout.num_pairs, 2, dtype)
+            logits = clear_cut(logits, layout, rng, temperature, Estimator.STRAIGHT_THROUGH, Noise.LOGISTIC)
+            arguments = (*arguments[:3], logits, layout.table, rng, temperature, layout.kind, int(Noise.LOGISTIC))
+            assert_close(OPS.candidate_backward(*arguments), oracle("candidate_backward", *arguments), 8)
 
 
 def matrix_of(edges: EdgeSample) -> tuple:
@@ -296,6 +298,7 @@ def large_calls() -> dict[str, Callable[[], tuple]]:
         x, grad_out = (normal((nodes, 48), seed, torch.float32) for seed in (4, 5))
         candidates = (x, grad_out, x[:, 0].contiguous(), layout.table, layout.kind, layout.num_pairs)
         add(f"candidate_gradient {kind}", "candidate_gradient", *candidates)
+        add(f"candidate_backward {kind}", "candidate_backward", *candidates[:3], logits, *shared, 0)
     for symmetric in (True, False):
         edges, _ = random_edges([300, 20, 250, 7], symmetric=symmetric, seed=1, dtype=torch.float32)
         value, matrix, eps = edges.value.detach(), matrix_of(edges), torch.tensor(0.2)
@@ -366,6 +369,7 @@ def swapped(arguments: tuple, position: int, value) -> tuple:
         ),
         ("candidate_gradient", (X, X[:, :2], X[:, 0], LAYOUT.table, 0, 4), r"right: expected .* \(5, 3\)"),
         ("candidate_gradient", (X, X, torch.ones(5), LAYOUT.table, 0, 3), "num_pairs: expected 4, got 3"),
+        ("candidate_backward", (X.double(), X, X[:, 0], *GOOD[:5], 0), "left: expected a contiguous Float"),
         ("pair_uniforms", (LAYOUT.table, RNG, 0, 4, 4), "stream: expected 0..3, got 4"),
         ("gcn_propagate", (X[:4], VALUE, None, None, *TIED, True, 0), r"rowptr: expected .* \(5\), got .* \(6\)"),
         ("gcn_propagate", (X, VALUE.double(), None, None, *TIED, True, 0), "value: expected a contiguous Float"),

@@ -2,5 +2,6 @@
 
 from .api import arm_gradient, sample_edges
 from .estimators import ESTIMATORS, NOISES
+from .factorised import FactorLogits
 
-__all__ = ["ESTIMATORS", "NOISES", "arm_gradient", "sample_edges"]
+__all__ = ["ESTIMATORS", "NOISES", "FactorLogits", "arm_gradient", "sample_edges"]

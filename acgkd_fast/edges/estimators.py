@@ -26,3 +26,5 @@ class Noise(IntEnum):
 
 ESTIMATORS = ("relaxed", "hard_concrete", "straight_through", "sparse_straight_through", "arm")
 NOISES = ("logistic", "gumbel")
+# Those whose work is proportional to the edges, which is what factorised logits are for.
+FACTOR_ESTIMATORS = ("straight_through", "sparse_straight_through")

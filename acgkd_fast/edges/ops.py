@@ -58,6 +58,11 @@ CANDIDATE_GRADIENT = define(
     reference.candidate_gradient,
     lambda left, right, node_term, table, kind, num_pairs: left.new_empty(num_pairs),
 )
+CANDIDATE_BACKWARD = define(
+    f"candidate_backward(Tensor left, Tensor right, Tensor node_term, {_LAYOUT}, int noise) -> Tensor",
+    reference.candidate_backward,
+    lambda left, right, node_term, logits, *_: torch.empty_like(logits),
+)
 PAIR_UNIFORMS = define(
     "pair_uniforms(Tensor table, Tensor rng, int kind, int stream, SymInt num_pairs) -> Tensor",
     reference.pair_uniforms,

@@ -70,19 +70,25 @@ def sample_edges(
             keep = keep | _absent_sampled(soft, layout, rng, absent_rate)
 
     pair = keep.nonzero().squeeze(-1)
+    return compact(pair, value[pair].to(logits.dtype), layout, capacity)
+
+
+def compact(
+    pair: torch.Tensor, value: torch.Tensor, layout: PairLayout, capacity: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sort kept pairs and their values into CSR, undirected ones in both directions."""
     row, col = layout.pair_nodes(pair)
     if not layout.directed:
-        row, col, pair = torch.cat([row, col]), torch.cat([col, row]), torch.cat([pair, pair])
-    order = torch.argsort(row * num_nodes + col)
-    row, col, pair = row[order], col[order], pair[order]
-    values = value[pair].to(logits.dtype)
-    counts = torch.bincount(row, minlength=num_nodes)
+        row, col, pair, value = torch.cat([row, col]), torch.cat([col, row]), pair.repeat(2), value.repeat(2)
+    order = torch.argsort(row * layout.num_nodes + col)
+    row, col, pair, value = row[order], col[order], pair[order], value[order]
+    counts = torch.bincount(row, minlength=layout.num_nodes)
     rowptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
     check(pair.numel() < 2**31, "logits", "a sample of at most 2^31-1 edges, the range of rowptr", pair.numel())
-    needed = torch.tensor([pair.numel()], dtype=torch.int64, device=logits.device)
+    needed = torch.tensor([pair.numel()], dtype=torch.int64, device=pair.device)
     if capacity >= 0:
-        rowptr, col, pair, values = _fit(rowptr, col, pair, values, capacity)
-    return values, rowptr, col.int(), pair, needed
+        rowptr, col, pair, value = _fit(rowptr, col, pair, value, capacity)
+    return value, rowptr, col.int(), pair, needed
 
 
 def _fit(
@@ -201,6 +207,22 @@ def candidate_gradient(
     if not layout.directed:
         grad = grad + (left[col] * right[row]).sum(-1) + node_term[col]
     return grad.to(storage)
+
+
+def candidate_backward(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    node_term: torch.Tensor,
+    logits: torch.Tensor,
+    table: torch.Tensor,
+    rng: torch.Tensor,
+    temperature: torch.Tensor,
+    kind: int,
+    noise: int,
+) -> torch.Tensor:
+    """Candidate gradient times slope where the pair was not drawn, [P]: the two functions above in one."""
+    grad = candidate_gradient(left, right, node_term, table, kind, logits.shape[0])
+    return candidate_port_backward(grad, logits, table, rng, temperature, kind, noise)
 
 
 def pair_uniforms(table: torch.Tensor, rng: torch.Tensor, kind: int, stream: int, num_pairs: int) -> torch.Tensor:
