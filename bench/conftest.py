@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import subprocess
 import time
@@ -27,14 +28,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if not config.pluginmanager.hasplugin("benchmark"):
-        config.pluginmanager.register(_WithoutPlugin())
+if importlib.util.find_spec("pytest_benchmark") is None:
 
-
-class _WithoutPlugin:
     @pytest.fixture
-    def benchmark(self) -> None:
+    def benchmark() -> None:
         pytest.skip("pytest-benchmark is not installed")
 
 
