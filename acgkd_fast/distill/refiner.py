@@ -49,8 +49,8 @@ class RefineSettings:
         min_steps: steps before which `stop_k` does not count.
         engine: "native" for the compiled search (see ``docs/search.md``), "generic" for forward passes of the whole
             teacher, "auto" for the native one where it supports teacher, features and device.
-        interval: steps that share one linearisation of K, native only. A call of ``advance`` that ends between two
-            multiples of it ends the round there.
+        interval: steps that share one linearisation of K: a number for the native engine, 1 for the generic one,
+            None for what is best of each (5 and 1).
     """
 
     steps: int = 2000
@@ -64,15 +64,15 @@ class RefineSettings:
     stop_k: float | None = None
     min_steps: int = 500
     engine: str = "auto"
-    interval: int = 1
+    interval: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "min_steps"):
             value = getattr(self, name)
             check(isinstance(value, int) and value >= 0, name, "an integer, 0 or more", value)
         check_choice("engine", self.engine, ENGINES)
-        whole = isinstance(self.interval, int) and self.interval >= 1
-        check(whole, "interval", "1 step or more", self.interval)
+        whole = self.interval is None or (isinstance(self.interval, int) and self.interval >= 1)
+        check(whole, "interval", "None, or 1 step or more", self.interval)
         for name in ("lam_k", "w_ce", "cap", "temperature"):
             value = getattr(self, name)
             check(is_number(value) and 0.0 <= value < float("inf"), name, "a finite number, 0 or more", value)
@@ -211,11 +211,12 @@ class Refiner:
 
     @torch.no_grad()
     def advance(self, steps: int = 1) -> None:
-        """Take some steps, fewer where the search ends before."""
+        """Take some steps, rounded up to whole intervals; fewer where the search ends before."""
         target = self.step + steps
         while self._native is not None and self.step < target and not self.finished:
+            before = self.step
             advance_native(self, self._native, target - self.step)
-            self._remember_best()
+            self._remember_best(before)
         if self._native is not None:
             return
         with BatchNormProbe(self.teacher.module) as probe:
@@ -272,10 +273,10 @@ class Refiner:
             self._x[nodes[row]] = torch.where(keep[:, None], new_rows, old_rows)
         self.accepted += int(keep.sum())
         self.step += 1
-        self._remember_best()
+        self._remember_best(self.step - 1)
 
-    def _remember_best(self) -> None:
-        look = self.settings.temperature > 0.0 and self.step % self.CHECK_EVERY == 0
+    def _remember_best(self, before: int) -> None:
+        look = self.settings.temperature > 0.0 and self.step // self.CHECK_EVERY > before // self.CHECK_EVERY
         if look and bool(self._trace[-1] < self._best[0]):
             self._best = self._trace[-1], self._lists.clone(), self._x.clone()
 

@@ -154,6 +154,7 @@ class Search {
         graph.revert(edit);
         continue;
       }
+      graph.keep(work);
       if (trial.accepted++ == 0) std::fill(trial.change.begin(), trial.change.end(), 0.0);
       for (size_t k = 0; k < slope_.size(); ++k) trial.change[k] += work.scores.change[k];
       trial.delta += delta;

@@ -15,7 +15,9 @@ Workspace::Workspace(const Network& network, int64_t max_nodes)
       neighbours(max_nodes),
       hidden(aligned_floats(network.gin ? max_nodes * network.stride : 0)),
       pooled(aligned_floats(network.stride)),
-      zeros(aligned_floats(network.stride)) {
+      zeros(aligned_floats(network.stride)),
+      max_nodes(max_nodes),
+      fresh(aligned_floats((network.gin ? 4 : 3) * network.depth() * max_nodes * network.stride)) {
   scores.change.resize(network.norms() * 2 * network.stride);
 }
 
@@ -30,10 +32,9 @@ SearchGraph::SearchGraph(const Network& network, int64_t nodes, std::vector<Edge
       edges_(std::move(edges)),
       neighbours_(nodes),
       degree_scale_(nodes),
-      features_(aligned_floats((network.gin ? 4 : 3) * depth_ * nodes * 2 * stride_)),
-      version_((depth_ + 1) * nodes),
-      marked_(nodes),
-      count_(depth_ + 1) {
+      features_(aligned_floats(planes() * nodes * stride_)),
+      count_(depth_ + 1),
+      place_(nodes, kClean) {
   if (label) label_.assign(label, label + nodes);
 }
 
@@ -91,8 +92,8 @@ Edit SearchGraph::propose(const MoveMix& mix, const double* uniforms) const {
 }
 
 void SearchGraph::mark(int64_t node) {
-  if (marked_[node]) return;
-  marked_[node] = 1;
+  if (place_[node] != kClean) return;
+  place_[node] = static_cast<int32_t>(dirty_.size());
   dirty_.push_back(static_cast<int32_t>(node));
 }
 
@@ -135,7 +136,7 @@ void SearchGraph::apply(const Edit& edit, Workspace& work) {
   if (edit.kind == Move::kRewire || edit.kind == Move::kDelete) link(edit.old, false);
   if (edit.kind == Move::kRewire || edit.kind == Move::kAdd) link(edit.fresh, true);
 
-  std::fill(work.scores.change.begin(), work.scores.change.end(), 0.0);
+  for (const int32_t node : dirty_) place_[node] = kClean;
   dirty_.clear();
   if (edit.kind == Move::kRelabel) mark(edit.node);
   count_[0] = static_cast<int64_t>(dirty_.size());
@@ -146,12 +147,20 @@ void SearchGraph::apply(const Edit& edit, Workspace& work) {
     for (const int64_t stop = count_[l]; expanded < stop; ++expanded) mark_neighbours(dirty_[expanded]);
     count_[l + 1] = static_cast<int64_t>(dirty_.size());
   }
-  for (const int32_t node : dirty_) marked_[node] = 0;
-  flip();
+  compute(false, work);
+}
 
-  input_rows(work);
-  for (int64_t l = 0; l < depth_; ++l) layer_rows(l, false, work);
-  classify(work);
+void SearchGraph::keep(const Workspace& work) {
+  const auto copy = [&](int64_t plane, int64_t level) {
+    const float* from = work.fresh.get() + plane * work.max_nodes * stride_;
+    for (int64_t i = 0; i < count_[level]; ++i) std::copy_n(from + i * stride_, stride_, resident(plane, dirty_[i]));
+  };
+  for (int64_t l = 0; l < depth_; ++l) {
+    copy(transform_plane(l), l);
+    copy(aggregate_plane(l), l + 1);
+    copy(output_plane(l), l + 1);
+    if (network_.gin) copy(second_plane(l), l + 1);
+  }
 }
 
 void SearchGraph::revert(const Edit& edit) {
@@ -175,13 +184,6 @@ void SearchGraph::revert(const Edit& edit) {
   }
   if (edit.kind == Move::kRewire || edit.kind == Move::kAdd) link(edit.fresh, false);
   if (edit.kind == Move::kRewire || edit.kind == Move::kDelete) link(edit.old, true);
-  flip();
-}
-
-void SearchGraph::flip() {
-  for (int64_t level = 0; level <= depth_; ++level) {
-    for (int64_t i = 0; i < count_[level]; ++i) version_[level * nodes_ + dirty_[i]] ^= 1;
-  }
 }
 
 void SearchGraph::rebuild(Workspace& work) {
@@ -194,12 +196,17 @@ void SearchGraph::rebuild(Workspace& work) {
   for (int64_t node = 0; node < nodes_; ++node) {
     std::sort(neighbours_[node].begin(), neighbours_[node].end());
     degree_scale_[node] = 1.0f / std::sqrt(static_cast<float>(neighbours_[node].size() + 1));
-    dirty_[node] = static_cast<int32_t>(node);
+    dirty_[node] = place_[node] = static_cast<int32_t>(node);
   }
   std::fill(count_.begin(), count_.end(), nodes_);
+  compute(true, work);
+  keep(work);
+}
+
+void SearchGraph::compute(bool anew, Workspace& work) {
   std::fill(work.scores.change.begin(), work.scores.change.end(), 0.0);
   input_rows(work);
-  for (int64_t l = 0; l < depth_; ++l) layer_rows(l, true, work);
+  for (int64_t l = 0; l < depth_; ++l) layer_rows(l, anew, work);
   classify(work);
 }
 
@@ -213,7 +220,7 @@ void SearchGraph::input_rows(Workspace& work) {
   const Linear& linear = network_.layers[0].transform;
   for (int64_t i = 0; i < count_[0]; ++i) {
     const int32_t node = dirty_[i];
-    float* out = row(transform_plane(0), 0, node);
+    float* out = row(transform_plane(0), 0, node, work);
     if (label_.empty()) {
       work.inputs[i] = x_ + node * network_.features;
       work.outputs[i] = out;
@@ -227,7 +234,7 @@ void SearchGraph::input_rows(Workspace& work) {
   }
 }
 
-void SearchGraph::layer_rows(int64_t l, bool fresh, Workspace& work) {
+void SearchGraph::layer_rows(int64_t l, bool anew, Workspace& work) {
   const Layer& layer = network_.layers[l];
   const int64_t count = count_[l + 1], level = l + 1, last = network_.gin ? second_plane(l) : aggregate_plane(l);
   double* change = work.scores.change.data() + l * (network_.gin ? 4 : 2) * stride_;
@@ -236,17 +243,17 @@ void SearchGraph::layer_rows(int64_t l, bool fresh, Workspace& work) {
     const std::vector<int32_t>& list = neighbours_[node];
     const float scale = network_.gin ? 1.0f : degree_scale_[node];
     for (size_t j = 0; j < list.size(); ++j) {
-      work.neighbours[j] = row(transform_plane(l), l, list[j]);
+      work.neighbours[j] = row(transform_plane(l), l, list[j], work);
       work.weights[j] = network_.gin ? 1.0f : degree_scale_[list[j]];
     }
-    gather_row(row(transform_plane(l), l, node), network_.gin ? layer.self : scale, work.neighbours.data(),
+    gather_row(row(transform_plane(l), l, node, work), network_.gin ? layer.self : scale, work.neighbours.data(),
                work.weights.data(), static_cast<int64_t>(list.size()), scale, layer.transform.bias.get(), stride_,
-               row(aggregate_plane(l), level, node));
+               row(aggregate_plane(l), level, node, work));
   }
   const auto activate = [&](int64_t i, int64_t plane, const Norm& norm, const float* residual, float* out) {
     const int32_t node = dirty_[i];
-    const float* old = fresh ? work.zeros.get() : row(plane, level, node, true);
-    activate_row(row(plane, level, node), old, norm.scale.get(), norm.shift.get(), residual, stride_, out, change,
+    const float* old = anew ? work.zeros.get() : resident(plane, node);
+    activate_row(row(plane, level, node, work), old, norm.scale.get(), norm.shift.get(), residual, stride_, out, change,
                  change + stride_);
   };
   if (network_.gin) {
@@ -254,29 +261,29 @@ void SearchGraph::layer_rows(int64_t l, bool fresh, Workspace& work) {
       float* hidden = work.hidden.get() + i * stride_;
       activate(i, aggregate_plane(l), layer.inner, nullptr, hidden);
       work.inputs[i] = hidden;
-      work.outputs[i] = row(last, level, dirty_[i]);
+      work.outputs[i] = row(last, level, dirty_[i], work);
     }
     multiply_rows(work.inputs.data(), count, network_.width, layer.second.weight.get(), layer.second.bias.get(),
                   stride_, work.outputs.data());
     change += 2 * stride_;
   }
   for (int64_t i = 0; i < count; ++i) {
-    const float* residual = l ? row(output_plane(l - 1), l, dirty_[i]) : nullptr;
-    float* out = row(output_plane(l), level, dirty_[i]);
+    const float* residual = l ? row(output_plane(l - 1), l, dirty_[i], work) : nullptr;
+    float* out = row(output_plane(l), level, dirty_[i], work);
     activate(i, last, layer.norm, residual, out);
     work.inputs[i] = out;
   }
   if (level == depth_) return;
   const Linear& next = network_.layers[level].transform;
-  for (int64_t i = 0; i < count; ++i) work.outputs[i] = row(transform_plane(level), level, dirty_[i]);
+  for (int64_t i = 0; i < count; ++i) work.outputs[i] = row(transform_plane(level), level, dirty_[i], work);
   multiply_rows(work.inputs.data(), count, network_.width, next.weight.get(), nullptr, stride_, work.outputs.data());
 }
 
 void SearchGraph::classify(Workspace& work) {
   float* pooled = work.pooled.get();
-  std::memcpy(pooled, row(output_plane(depth_ - 1), depth_, 0), stride_ * sizeof(float));
+  std::memcpy(pooled, row(output_plane(depth_ - 1), depth_, 0, work), stride_ * sizeof(float));
   for (int64_t node = 1; node < nodes_; ++node) {
-    const float* h = row(output_plane(depth_ - 1), depth_, node);
+    const float* h = row(output_plane(depth_ - 1), depth_, node, work);
     network_.pooling == Pooling::kMax ? max_row(h, stride_, pooled) : add_row(h, stride_, pooled);
   }
   if (network_.pooling == Pooling::kMean) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "cpu/search_network.h"
@@ -10,6 +11,7 @@
 namespace acgkd {
 
 constexpr uint32_t kProposalStream = 3;
+constexpr int32_t kClean = std::numeric_limits<int32_t>::max();
 
 // Numbers as in acgkd_fast/distill/moves.py.
 enum class Move : int { kRelabel = 0, kRewire = 1, kAdd = 2, kDelete = 3 };
@@ -52,6 +54,10 @@ struct Workspace {
   std::vector<float*> outputs;
   std::vector<const float*> neighbours;
   AlignedFloats hidden, pooled, zeros;
+  // Rows that the latest edit changes, [planes, max_nodes, stride]: most edits are dropped, and then the graph's own
+  // rows have not been touched.
+  int64_t max_nodes;
+  AlignedFloats fresh;
 };
 
 class SearchGraph {
@@ -63,8 +69,9 @@ class SearchGraph {
   // One edit by the rules of moves.propose, from the uniforms of this graph and step.
   Edit propose(const MoveMix& mix, const double* uniforms) const;
 
-  // Carries out an edit and brings all features up to date; `revert` takes back the latest one.
+  // Carries out an edit and computes what it changes; then one of the other two must follow.
   void apply(const Edit& edit, Workspace& work);
+  void keep(const Workspace& work);
   void revert(const Edit& edit);
 
   // Everything anew from edges and labels; the scores hold the sums themselves.
@@ -76,9 +83,14 @@ class SearchGraph {
   const std::vector<int64_t>& label() const { return label_; }
 
  private:
-  float* row(int64_t plane, int64_t level, int64_t node, bool previous = false) {
-    return features_.get() + ((plane * nodes_ + node) * 2 + (version_[level * nodes_ + node] ^ previous)) * stride_;
+  float* resident(int64_t plane, int64_t node) const { return features_.get() + (plane * nodes_ + node) * stride_; }
+  // The row as the latest edit leaves it.
+  float* row(int64_t plane, int64_t level, int64_t node, const Workspace& work) const {
+    const int64_t place = place_[node];
+    return place < count_[level] ? work.fresh.get() + (plane * work.max_nodes + place) * stride_
+                                 : resident(plane, node);
   }
+  int64_t planes() const { return (network_.gin ? 4 : 3) * depth_; }
   int64_t transform_plane(int64_t layer) const { return layer; }
   int64_t aggregate_plane(int64_t layer) const { return depth_ + layer; }
   int64_t output_plane(int64_t layer) const { return 2 * depth_ + layer; }
@@ -89,11 +101,10 @@ class SearchGraph {
   void mark(int64_t node);
   void mark_neighbours(int64_t node);
   void mark_rewired(const Edit& edit);
-  void flip();
   void input_rows(Workspace& work);
-  // `fresh`: there are no earlier rows to take the difference from.
-  void layer_rows(int64_t layer, bool fresh, Workspace& work);
-  void transform_rows(const Linear& linear, int64_t level, int64_t from_plane, int64_t to_plane, Workspace& work);
+  // `anew`: there are no earlier rows to take the difference from.
+  void compute(bool anew, Workspace& work);
+  void layer_rows(int64_t layer, bool anew, Workspace& work);
   void classify(Workspace& work);
 
   const Network& network_;
@@ -105,13 +116,13 @@ class SearchGraph {
   std::vector<std::vector<int32_t>> neighbours_;
   // (degree + 1)^-1/2.
   std::vector<float> degree_scale_;
-  // Two versions of every row, so that an edit is taken back by a flip. Level 0: the transformed input;
-  // level l + 1: everything that layer l computes, and the transform of the next.
   AlignedFloats features_;
-  std::vector<uint8_t> version_, marked_;
-  // Rows that the latest edit changed, in the order of their distance; the first count_[level] of them at that level.
+  // Rows that the latest edit changed, in the order of their distance. Level 0 is the transformed input, level l + 1
+  // everything that layer l computes and the transform of the next: it has the first count_[level] of the rows.
   std::vector<int32_t> dirty_;
   std::vector<int64_t> count_;
+  // Where a node stands in that order.
+  std::vector<int32_t> place_;
 };
 
 }  // namespace acgkd
