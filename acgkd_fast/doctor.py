@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from . import __version__, _library, _native, edges, normalize, propagate
+from . import __version__, _library, _native, edges, normalize, propagate, search
 
 # Declaring the operators is all that these are imported for.
-assert edges and propagate and normalize
+assert edges and propagate and normalize and search
 
 # What each optional distribution is for.
 OPTIONAL = {
