@@ -67,10 +67,11 @@ def check_tensor(
         fits = value.dim() == len(shape) and all(
             want is None or want == have for want, have in zip(shape, value.shape, strict=True)
         )
-        wanted = "(" + ", ".join("any" if s is None else str(s) for s in shape) + ")"
-        check(fits, name, f"a tensor of shape {wanted}", value)
-    if dtypes is not None:
-        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        check(value.dtype in dtypes, name, f"dtype {names}", value)
-    if device is not None:
-        check(value.device == device, name, f"a tensor on {device}", value)
+        # Texts are put together after a failure only: a forward pass makes dozens of these checks.
+        if not fits:
+            wanted = "(" + ", ".join("any" if s is None else str(s) for s in shape) + ")"
+            raise fail(name, f"a tensor of shape {wanted}", value)
+    if dtypes is not None and value.dtype not in dtypes:
+        raise fail(name, f"dtype {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}", value)
+    if device is not None and value.device != device:
+        raise fail(name, f"a tensor on {device}", value)
