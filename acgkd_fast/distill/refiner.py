@@ -116,6 +116,11 @@ class Refiner:
     that passed together raise the true energy, the most promising half of them is tried, then a
     quarter, and so on; so the energy never rises.
 
+    Judging many graphs by one linearisation overshoots little. Without the halving the energy rose, on 131
+    MUTAG-like graphs, in 4 of 1000 steps (share 0.3) and 0 of 300 (share 1); on 420 house-or-cycle graphs in 129
+    of 1000 (by 1e-4 on average) and 38 of 300 (by 2e-3), all near the end. With it, K after as many edits is the
+    same for both shares: 0.008 and 0.009, 0.0008 and 0.0008. Larger shares take less time per edit.
+
     Metropolis (temperature T > 0): an edit passes with chance min(1, exp(-B d / T) q), where d is the
     linearised change of the energy, B the number of graphs and q the ratio of the proposal
     chances. q is exact (``moves.log_proposal_ratio``). d is exact in the cross-entropy and to first order in K, and
