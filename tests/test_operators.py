@@ -46,7 +46,23 @@ def edge_cases():
         left, right = normal((layout.num_nodes, WIDTH), 3), normal((layout.num_nodes, WIDTH), 4)
         node_term = normal(layout.num_nodes, 5)
         yield "candidate_gradient", (left, right, node_term, layout.table, layout.kind, layout.num_pairs)
+        yield "candidate_backward", (left, right, node_term, logits, *rest, int(Noise.GUMBEL))
         yield "pair_uniforms", (layout.table, rest[1], layout.kind, 1, layout.num_pairs)
+
+
+def factor_cases():
+    for sizes in ([1, 4, 3], [1, 1]):
+        layout = make_layout("complete", sizes)
+        _, table, rng, temperature, _ = layout_arguments(layout)
+        z, bias = normal((layout.num_nodes, WIDTH), 1), normal(len(sizes), 2)
+        estimator = int(Estimator.SPARSE_STRAIGHT_THROUGH)
+        settings = (table, rng, temperature, estimator, int(Noise.LOGISTIC), 0.25)
+        leaves = (z.clone().requires_grad_(), bias.clone().requires_grad_())
+        for capacity in (-1, 40):
+            yield "sample_factor_edges", (*leaves, *settings, layout.num_pairs, capacity)
+        arguments = (z, bias, *settings, layout.num_pairs, 40)
+        value, rowptr, col, pair, _ = torch.ops.acgkd_fast.sample_factor_edges(*arguments)
+        yield "sample_factor_edges_backward", (value, rowptr, col, pair, z, bias, *settings)
 
 
 def propagate_cases():
@@ -81,7 +97,7 @@ def propagate_cases():
             yield "readout_backward", (normal((3, WIDTH), 4), argmax, ptr, mode, layout.num_nodes)
 
 
-CASES = [*edge_cases(), *propagate_cases()]
+CASES = [*edge_cases(), *factor_cases(), *propagate_cases()]
 OPCHECKED |= {name for name, _ in CASES}
 
 
