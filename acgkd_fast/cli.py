@@ -125,7 +125,7 @@ def train_teacher(
 
 
 @main.command()
-@click.option("--teacher", required=True, type=_FILE, help="A teacher saved by train-teacher or `checkpoints.save_model`.")
+@click.option("--teacher", required=True, type=_FILE, help="A model saved by train-teacher or save_model.")
 @click.option("--student", default="gcn3-32", show_default=True, help="Architecture of the student.")
 @click.option("--out", required=True, type=_FOLDER, help="Run folder; empty or new unless --resume.")
 @click.option("--config", "config_file", type=_FILE, help="JSON settings, or the config.json of another run.")

@@ -123,7 +123,7 @@ class PseudoGraphs(nn.Module):
         """
         if graphs.y is None:
             raise InputError("graphs: expected labels y, got none")
-        layout = PairLayout.budget(graphs.sizes, xi, directed=directed, device=graphs.x.device)
+        layout = PairLayout.budget(graphs.sizes.tolist(), xi, directed=directed, device=graphs.x.device)
         counts = layout.pair_ptr[1:] - layout.pair_ptr[:-1]
         partners = counts / graphs.sizes * (1.0 if directed else 2.0)
         rare = (extra_degree / partners.clamp(min=1.0)).clamp(max=0.5)

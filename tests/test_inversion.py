@@ -132,7 +132,7 @@ def test_bad_input(teacher):
                                       PairLayout.complete([2]), feature_kind="one-hot"), LearnSettings())  # fmt: skip
     wrong = make_pseudo_graphs()
     wrong.y[0] = 7
-    with pytest.raises(InputError, match="y: expected labels in 0..1"):
+    with pytest.raises(InputError, match=r"y: expected labels in 0\.\.1"):
         Learner(teacher, wrong, LearnSettings())
     for change in (
         {"steps": -1},

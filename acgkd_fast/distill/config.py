@@ -99,7 +99,7 @@ def _build(cls: type[Any], values: dict[str, Any], where: str) -> Any:
     try:
         return cls(**arguments)
     except TypeError as error:
-        raise InputError(f"{where}: expected numbers and names of the documented types, got {values} ({error})") from error
+        raise InputError(f"{where}: expected settings of the documented types, got {values} ({error})") from error
 
 
 _NESTED: dict[str, type[Any]] = {

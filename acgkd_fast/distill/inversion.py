@@ -57,12 +57,14 @@ class LearnSettings:
 
     def __post_init__(self) -> None:
         check(self.steps >= 0, "steps", "0 or more", self.steps)
-        check(self.lr_structure > 0 and self.lr_features > 0, "lr", "step sizes above 0", (self.lr_structure, self.lr_features))
+        for name in ("lr_structure", "lr_features"):
+            check(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
         check_choice("estimator", self.estimator, ESTIMATORS)
         for name in ("temperature", "final_temperature"):
             check(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
         check_choice("bn_term", self.bn_term, BN_TERMS)
-        check(self.target_degree is None or self.target_degree > 0, "target_degree", "None or above 0", self.target_degree)
+        target = self.target_degree
+        check(target is None or target > 0, "target_degree", "None or a number above 0", target)
 
     def temperature_at(self, step: int) -> float:
         share = step / max(self.steps - 1, 1)
@@ -92,7 +94,8 @@ class Learner:
         self.seed = seed
         self.step = 0
         width, classes = pseudo_graphs.features.shape[1], self.teacher.num_classes
-        check(width == self.teacher.num_features, "features", f"width {self.teacher.num_features} (the teacher's)", width)
+        wanted = self.teacher.num_features
+        check(width == wanted, "features", f"width {wanted} (the teacher's)", width)
         labels = pseudo_graphs.y
         known = labels.numel() == 0 or 0 <= int(labels.min()) <= int(labels.max()) < classes
         check(known, "y", f"labels in 0..{classes - 1}", labels.tolist())
@@ -101,12 +104,12 @@ class Learner:
                 "teacher: expected a module that takes edge weights (learning needs a gradient through the edges), got "
                 f"{type(self.teacher.module).__name__}; use refinement, which needs none, or estimator 'arm'"
             )
-        groups = [{"params": [pseudo_graphs.logits], "lr": settings.lr_structure}]
+        groups: list[dict[str, Any]] = [{"params": [pseudo_graphs.logits], "lr": settings.lr_structure}]
         if isinstance(pseudo_graphs.features, torch.nn.Parameter):
             groups.append({"params": [pseudo_graphs.features], "lr": settings.lr_features})
         # One pass over logits and moments; the default takes about ten.
         self.optimizer = torch.optim.Adam(groups, fused=True)
-        self._base_lr = [group["lr"] for group in groups]
+        self._base_lr: list[float] = [group["lr"] for group in groups]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that another process needs to go on from here, bit for bit."""

@@ -13,7 +13,7 @@ import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ..checkpoints import load_graphs, load_model, save_graphs, save_model
 from ..errors import InputError, check
 from ..files import load_state, save_state, write_text
 from ..graphs import GraphBatch
-from ..nn.models import parse_arch
+from ..nn.models import GraphClassifier, parse_arch
 from ..pseudo_graphs import PseudoGraphs
 from ..report import write_report
 from ..teachers import Teacher, as_teacher, evaluate
@@ -35,7 +35,7 @@ from .inversion import Learner
 from .metrics import MetricsLog
 from .pool import random_pool, start_graphs
 from .refine import Refiner
-from .student import distill_student
+from .student import distill_student, new_student
 
 _SAVE_SECONDS = 20.0
 _REFINE_STEPS = 50
@@ -150,10 +150,10 @@ class Run:
         shutil.rmtree(self._state)
         return results
 
-    def _measure(self, evaluation: Evaluation, taught: list[nn.Module], seeds: list[int]) -> list[dict[str, Any]]:
+    def _measure(self, evaluation: Evaluation, taught: Sequence[nn.Module], seeds: list[int]) -> list[dict[str, Any]]:
         config = self.config
         random = random_pool(self.teacher, config.prior, config.num_graphs, seed=config.seed)
-        rows = {
+        rows: dict[str, Sequence[nn.Module]] = {
             f"teacher ({evaluation.name})": [self.teacher.module],
             "student on pseudo-graphs": taught,
             "same student on random graphs": [self.teach("random", random, seed) for seed in seeds],
@@ -243,7 +243,7 @@ class Run:
             warnings.warn(result.warning, RuntimeWarning, stacklevel=2)
         return result.graphs
 
-    def teach(self, row: str, pool: GraphBatch | Callable[[int], GraphBatch], seed: int) -> nn.Module:
+    def teach(self, row: str, pool: GraphBatch | Callable[[int], GraphBatch], seed: int) -> GraphClassifier:
         """One student on a pool, from its saved state if an earlier process finished or began it."""
         name = f"{row}-{seed}"
         done = self._state / f"{name}.safetensors"
@@ -251,10 +251,11 @@ class Run:
             return load_model(done)[0]
         partial = self._state / f"{name}-partial.safetensors"
         self.metrics.rewind(name, load_state(partial)["epoch"] if partial.exists() else 0)
-        model = distill_student(
+        model = new_student(self.teacher, self.student, seed, dropout=self.config.student.dropout)
+        distill_student(
             self.teacher,
             pool,
-            self.student,
+            model,
             self.config.student,
             seed=seed,
             progress=lambda epoch, values: self._report(name, epoch, self.config.student.epochs, values),

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import check, check_choice
 from ..graphs import GraphBatch
-from ..nn.models import build_model
+from ..nn.models import GraphClassifier, build_model
 from ..teachers import Teacher, as_teacher, call_convention
 from ..training import Progress, fit
 from .objectives import distillation_loss
@@ -103,7 +103,7 @@ def distill_student(
     return model
 
 
-def new_student(teacher: Teacher, arch: str, seed: int, *, dropout: float = 0.0) -> nn.Module:
+def new_student(teacher: Teacher, arch: str, seed: int, *, dropout: float = 0.0) -> GraphClassifier:
     """A student of the lineage with the teacher's widths, initialised from `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

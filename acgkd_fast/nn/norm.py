@@ -23,7 +23,7 @@ class BatchNormReLU(nn.BatchNorm1d):
 
     observer: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """[N, C] -> [N, C]; gradients as the composition has them."""
         if not self._is_frozen(x):
             if self.observer is not None:
