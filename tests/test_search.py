@@ -104,7 +104,7 @@ def test_a_step_keeps_the_edits_that_the_generic_engine_keeps(arch, features):
     """Step by step from one state: many edits give an isomorphic graph, and which of those pass is rounding."""
     teacher, graphs = make_teacher(arch), make_graphs(kind=features, sizes=SIZES * 2)
     generic, native = (
-        Refiner(teacher, graphs, RefineSettings(steps=80, rewire=0.5, interval=1, engine=engine), seed=3)
+        Refiner(teacher, graphs, RefineSettings(steps=80, rewire=0.5, engine=engine), seed=3)
         for engine in ("generic", "native")
     )
     for _ in range(80):
@@ -135,8 +135,7 @@ def test_the_same_labels_as_the_generic_engine(arch):
     """Relabelling never gives an equivalent graph, so the searches stay together."""
     graphs = make_graphs(sizes=SIZES * 2)
     runs = [
-        searched(make_teacher(arch), graphs, relabel=1.0, steps=200, interval=1, engine=engine)
-        for engine in ("generic", "native")
+        searched(make_teacher(arch), graphs, relabel=1.0, steps=200, engine=engine) for engine in ("generic", "native")
     ]
     assert torch.equal(runs[0]._x, runs[1]._x) and runs[0].accepted == runs[1].accepted > 30
     traces = [torch.stack(run._trace) for run in runs]
@@ -295,7 +294,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(arch, interval):
 
 @native_only
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
-@pytest.mark.parametrize("interval", [None, 1, 7])
+@pytest.mark.parametrize("interval", [1, 5, 7])
 def test_calls_of_any_length_make_the_same_search(interval, temperature):
     graphs, traces = make_graphs(sizes=SIZES * 2), []
     for chunk in (300, 23, 3):
@@ -309,7 +308,7 @@ def test_calls_of_any_length_make_the_same_search(interval, temperature):
 
 @native_only
 def test_stop_k_ends_a_call_where_the_generic_engine_stops():
-    graphs, options = make_graphs(sizes=[8, 12] * 8, seed=4), {"relabel": 1.0, "steps": 300, "seed": 2, "interval": 1}
+    graphs, options = make_graphs(sizes=[8, 12] * 8, seed=4), {"relabel": 1.0, "steps": 300, "seed": 2}
     goal = 1.1 * refine(graphs, make_teacher(), **options).k
     runs = [
         refine(graphs, make_teacher(), stop_k=goal, min_steps=20, engine=engine, **options)
@@ -393,8 +392,8 @@ def test_double_precision_takes_the_generic_engine():
     ("change", "message"),
     [
         ({"engine": "fast"}, "engine: expected one of auto, native, generic, got 'fast'"),
-        ({"interval": 0}, "interval: expected None, or 1 step or more"),
-        ({"interval": 2.0}, "interval: expected None, or 1 step or more"),
+        ({"interval": 0}, "interval: expected 1 step or more"),
+        ({"interval": 2.0}, "interval: expected 1 step or more"),
     ],
 )
 def test_bad_settings_are_named(change, message):

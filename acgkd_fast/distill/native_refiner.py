@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 # Each call starts with one forward pass over the whole pool, and needs room for as many edges.
 STEPS_PER_CALL = 256
-# The longest that leaves the energy as it is (docs/search.md), and a divisor of all the steps at which a search is
-# looked at.
-DEFAULT_INTERVAL = 5
 
 
 def choose_native(refiner: Refiner) -> PackedTeacher | None:
@@ -37,7 +34,7 @@ def choose_native(refiner: Refiner) -> PackedTeacher | None:
             return pack_teacher(refiner.teacher.module)
         if settings.engine == "native":
             raise InputError(f"engine: expected 'auto' or 'generic' for this search, got 'native', but {reason}")
-    if settings.interval not in (None, 1):
+    if settings.interval != 1:
         raise InputError(f"interval: expected 1 for the generic engine, got {settings.interval}")
     return None
 
@@ -45,13 +42,12 @@ def choose_native(refiner: Refiner) -> PackedTeacher | None:
 def advance_native(refiner: Refiner, packed: PackedTeacher, steps: int) -> None:
     """Take `steps` steps rounded up to whole intervals, but no more than one call's."""
     settings, here = refiner.settings, refiner.step
-    interval = DEFAULT_INTERVAL if settings.interval is None else settings.interval
     stop = here + min(steps, STEPS_PER_CALL)
     if settings.temperature > 0.0:
         # The lowest energy is looked for at multiples of this.
         stop = min(stop, (here // refiner.CHECK_EVERY + 1) * refiner.CHECK_EVERY)
     # Rounds that ended with the call would make the search depend on how it is called.
-    steps = min(-(-stop // interval) * interval, settings.steps) - here
+    steps = min(-(-stop // settings.interval) * settings.interval, settings.steps) - here
     labelled = refiner._num_labels > 1
     label = refiner._x.argmax(1) if labelled else torch.zeros_like(refiner._x[:, 0], dtype=torch.int64)
     level = torch.stack([refiner._excess, refiner._trace[-1]])
@@ -69,7 +65,7 @@ def advance_native(refiner: Refiner, packed: PackedTeacher, steps: int) -> None:
         edited=refiner._edited,
         mix=refiner._mix,
         num_labels=refiner._num_labels,
-        interval=interval,
+        interval=settings.interval,
         temperature=settings.temperature,
         stop_k=settings.stop_k,
         min_steps=settings.min_steps,

@@ -34,7 +34,7 @@ def refine(
     stop_k: float | None = None,
     min_steps: int = 500,
     engine: str = "auto",
-    interval: int | None = None,
+    interval: int = 1,
     seed: int = 0,
     feature_kind: str | None = None,
     edge_weights: tuple[PairLayout, torch.Tensor] | None = None,

@@ -49,8 +49,8 @@ class RefineSettings:
         min_steps: steps before which `stop_k` does not count.
         engine: "native" for the compiled search (see ``docs/search.md``), "generic" for forward passes of the whole
             teacher, "auto" for the native one where it supports teacher, features and device.
-        interval: steps that share one linearisation of K: a number for the native engine, 1 for the generic one,
-            None for what is best of each (5 and 1).
+        interval: steps that share one linearisation of K; above 1 native only. Saves little time and costs energy, see
+            ``docs/search.md``.
     """
 
     steps: int = 2000
@@ -64,15 +64,15 @@ class RefineSettings:
     stop_k: float | None = None
     min_steps: int = 500
     engine: str = "auto"
-    interval: int | None = None
+    interval: int = 1
 
     def __post_init__(self) -> None:
         for name in ("steps", "min_steps"):
             value = getattr(self, name)
             check(isinstance(value, int) and value >= 0, name, "an integer, 0 or more", value)
         check_choice("engine", self.engine, ENGINES)
-        whole = self.interval is None or (isinstance(self.interval, int) and self.interval >= 1)
-        check(whole, "interval", "None, or 1 step or more", self.interval)
+        whole = isinstance(self.interval, int) and self.interval >= 1
+        check(whole, "interval", "1 step or more", self.interval)
         for name in ("lam_k", "w_ce", "cap", "temperature"):
             value = getattr(self, name)
             check(is_number(value) and 0.0 <= value < float("inf"), name, "a finite number, 0 or more", value)
@@ -115,11 +115,6 @@ class Refiner:
     Greedy (temperature 0): an edit passes if the linearised change of the energy is negative. Where all
     that passed together raise the true energy, the most promising half of them is tried, then a
     quarter, and so on; so the energy never rises.
-
-    Judging many graphs by one linearisation overshoots little. Without the halving the energy rose, on 131
-    MUTAG-like graphs, in 4 of 1000 steps (share 0.3) and 0 of 300 (share 1); on 420 house-or-cycle graphs in 129
-    of 1000 (by 1e-4 on average) and 38 of 300 (by 2e-3), all near the end. With it, K after as many edits is the
-    same for both shares: 0.008 and 0.009, 0.0008 and 0.0008. Larger shares take less time per edit.
 
     Metropolis (temperature T > 0): an edit passes with chance min(1, exp(-B d / T) q), where d is the
     linearised change of the energy, B the number of graphs and q the ratio of the proposal
