@@ -29,7 +29,7 @@ def load() -> None:
         reason = _why_absent(device)
         if reason is None:
             try:
-                torch.ops.load_library(str(_FOLDER / name))  # type: ignore[no-untyped-call]
+                torch.ops.load_library(str(_FOLDER / name))
             except OSError as error:
                 reason = f"the extension {name} does not load ({error})."
         if reason is None:

@@ -120,7 +120,7 @@ def graph_uniforms(
         float64 [..., count] in (0, 1).
     """
     word = torch.arange((count + 3) // 4, device=graph_ids.device)
-    shape = (*torch.broadcast_shapes(graph_ids.shape, step.shape), word.numel())  # type: ignore[no-untyped-call]
+    shape = (*torch.broadcast_shapes(graph_ids.shape, step.shape), word.numel())
     parts = (word, graph_ids.unsqueeze(-1), step.unsqueeze(-1), word.new_full((), int(stream)))
     counter = torch.stack([part.expand(shape) for part in parts], dim=-1)
     return uniform_from_words(words_torch(counter, seed).flatten(-2)[..., :count], torch.float64)
