@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from acgkd_fast import EdgeSample, PairLayout, _library, build_info, philox
 from acgkd_fast.edges.estimators import Estimator, Noise
+from acgkd_fast.edges.factorised import FactorLogits
 from acgkd_fast.edges.reference import compute_dtype, perturbed_logits
 
 pytestmark = [
@@ -179,6 +180,35 @@ def test_candidate_gradient(kind, dtype):
             assert_close(OPS.candidate_backward(*arguments), oracle("candidate_backward", *arguments), 8)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("estimator", [Estimator.STRAIGHT_THROUGH, Estimator.SPARSE_STRAIGHT_THROUGH])
+@pytest.mark.parametrize("noise", Noise)
+def test_factorised_logits(noise, estimator, dtype):
+    for index, sizes in enumerate(SIZES):
+        for rank in (0, 1, 5, 8, 21):
+            layout = PairLayout.complete(sizes)
+            rng, temperature = state(index, rank)
+            z, bias = normal((layout.num_nodes, rank), index, dtype), normal(layout.num_graphs, 5, dtype) - 1
+            shared = (layout.table, rng, temperature, int(estimator), int(noise), 0.25)
+            found = OPS.sample_factor_edges(z, bias, *shared, layout.num_pairs, -1)
+            logits = FactorLogits(z.double(), bias.double()).to_dense(layout)
+            # A pair that rounding could decide is rare, and cannot be moved here without moving others.
+            if torch.equal(logits, clear_cut(logits, layout, rng, temperature, estimator, noise)):
+                wanted = oracle("sample_factor_edges", z, bias, *shared, layout.num_pairs, -1)
+                for ours, theirs in zip(found[1:], wanted[1:], strict=True):
+                    assert ours.dtype == theirs.dtype
+                    assert torch.equal(ours, theirs)
+                assert torch.equal(found[0].double(), wanted[0])
+            grad = normal(len(found[0]), 3, dtype)
+            arguments = (grad, *found[1:4], z, bias, *shared)
+            for ours, theirs in zip(
+                OPS.sample_factor_edges_backward(*arguments),
+                oracle("sample_factor_edges_backward", *arguments),
+                strict=True,
+            ):
+                assert_close(ours, theirs, 20)
+
+
 def matrix_of(edges: EdgeSample) -> tuple:
     return (edges.rowptr, edges.col, *edges.transposed())
 
@@ -299,6 +329,11 @@ def large_calls() -> dict[str, Callable[[], tuple]]:
         candidates = (x, grad_out, x[:, 0].contiguous(), layout.table, layout.kind, layout.num_pairs)
         add(f"candidate_gradient {kind}", "candidate_gradient", *candidates)
         add(f"candidate_backward {kind}", "candidate_backward", *candidates[:3], logits, *shared, 0)
+    layout = PairLayout.complete([300, 20, 250, 7])
+    z, bias = normal((577, 9), 1, torch.float32), normal(4, 2, torch.float32) - 3
+    shared = (layout.table, rng, temperature, int(Estimator.SPARSE_STRAIGHT_THROUGH), 0, 0.25)
+    value, *where = add("factors", "sample_factor_edges", z, bias, *shared, layout.num_pairs, -1)
+    add("factors backward", "sample_factor_edges_backward", value, *where[:3], z, bias, *shared)
     for symmetric in (True, False):
         edges, _ = random_edges([300, 20, 250, 7], symmetric=symmetric, seed=1, dtype=torch.float32)
         value, matrix, eps = edges.value.detach(), matrix_of(edges), torch.tensor(0.2)
@@ -370,6 +405,16 @@ def swapped(arguments: tuple, position: int, value) -> tuple:
         ("candidate_gradient", (X, X[:, :2], X[:, 0], LAYOUT.table, 0, 4), r"right: expected .* \(5, 3\)"),
         ("candidate_gradient", (X, X, torch.ones(5), LAYOUT.table, 0, 3), "num_pairs: expected 4, got 3"),
         ("candidate_backward", (X.double(), X, X[:, 0], *GOOD[:5], 0), "left: expected a contiguous Float"),
+        (
+            "sample_factor_edges",
+            (X, torch.zeros(1), LAYOUT.table, RNG, TEMPERATURE, 2, 0, 0.1, 4, -1),
+            r"bias: expected .* \(2\), got .* \(1\)",
+        ),
+        (
+            "sample_factor_edges",
+            (X, torch.zeros(2), LAYOUT.table, RNG, TEMPERATURE, 0, 0, 0.1, 4, -1),
+            "estimator: expected 2 or 3, got 0",
+        ),
         ("pair_uniforms", (LAYOUT.table, RNG, 0, 4, 4), "stream: expected 0..3, got 4"),
         ("gcn_propagate", (X[:4], VALUE, None, None, *TIED, True, 0), r"rowptr: expected .* \(5\), got .* \(6\)"),
         ("gcn_propagate", (X, VALUE.double(), None, None, *TIED, True, 0), "value: expected a contiguous Float"),

@@ -3,86 +3,10 @@
 #include <array>
 
 #include "cpu/candidates.h"
-#include "cpu/matrix.h"
-#include "cpu/pairs.h"
-#include "cpu/sample.h"
+#include "cpu/slopes.h"
 
 namespace acgkd {
 namespace {
-
-// Pairs waiting for their slope.
-template <typename Real>
-struct Batch {
-  alignas(64) Real theta[kLanes], grad[kLanes], u[kLanes], z[kLanes], slope[kLanes];
-  uint32_t counters[kLanes], lanes[kLanes], graphs[kLanes], words[kLanes];
-  int64_t pair[kLanes];
-  int size = 0;
-
-  void add(const GraphLayout& graph, int64_t global_pair, Real theta_value, Real grad_value) {
-    const int64_t local = global_pair - graph.first_pair;
-    counters[size] = static_cast<uint32_t>(local / 4);
-    lanes[size] = static_cast<uint32_t>(local % 4);
-    graphs[size] = graph.id;
-    pair[size] = global_pair;
-    theta[size] = theta_value;
-    grad[size++] = grad_value;
-  }
-};
-
-// d value / d theta of a full block of pairs: see pair_slope in acgkd_fast/edges/reference.py.
-template <typename Real>
-void slopes(const Draw& draw, const Real* theta, const Real* u, Real* z, Real* slope) {
-  const Real temperature = static_cast<Real>(draw.temperature);
-  scaled_block(theta, u, draw.noise, temperature, z);
-  bell_block(z, slope);
-  if (draw.estimator == kHardConcrete) {
-    const Real gamma = static_cast<Real>(draw.gamma), stretch = static_cast<Real>(draw.zeta - draw.gamma);
-    Real soft[kLanes];
-    soft_block(z, soft);
-    for (int i = 0; i < kLanes; ++i) {
-      const Real stretched = soft[i] * stretch + gamma;
-      slope[i] *= stretched > Real(0) && stretched < Real(1) ? stretch : Real(0);
-    }
-  } else if (draw.estimator == kSparseStraightThrough) {
-    const uint64_t drawn = drawn_block(theta, u, draw.noise);
-    const Real rate = static_cast<Real>(draw.absent_rate) * Real(4);
-    for (int i = 0; i < kLanes; ++i) {
-      const Real chance = std::min(Real(1), rate * slope[i]);
-      if (!(drawn >> i & 1)) slope[i] = chance > Real(0) ? slope[i] / chance : Real(0);
-    }
-  }
-  for (int i = 0; i < kLanes; ++i) slope[i] /= temperature;
-}
-
-template <typename Stored>
-void flush(const Draw& draw, Batch<WideOf<Stored>>& batch, Stored* grad_logits) {
-  if (batch.size == 0) return;
-  for (int i = batch.size; i < kLanes; ++i) {
-    batch.counters[i] = batch.lanes[i] = batch.graphs[i] = 0;
-    batch.theta[i] = 0;
-  }
-  words_scattered(draw.address, batch.counters, batch.lanes, batch.graphs, batch.words);
-  uniforms_block(batch.words, false, batch.u);
-  slopes(draw, batch.theta, batch.u, batch.z, batch.slope);
-  for (int i = 0; i < batch.size; ++i) {
-    grad_logits[batch.pair[i]] = static_cast<Stored>(batch.slope[i] * batch.grad[i]);
-  }
-  batch.size = 0;
-}
-
-// Gradient that arrived at the opposite direction of entry e = (row, col).
-template <typename Stored>
-WideOf<Stored> mirrored_grad(const Matrix& sample, const int64_t* pair, const Stored* grad, int64_t row, int64_t e,
-                             int64_t first_node) {
-  const int32_t other = sample.col[e], wanted = static_cast<int32_t>(row);
-  const int32_t* begin = sample.col + sample.rowptr[other];
-  const int32_t* end = sample.col + sample.rowptr[other + 1];
-  // A full row needs no search: it skips its own node only.
-  const int32_t* found = begin + (row - first_node - 1);
-  if (found >= end || *found != wanted) found = std::lower_bound(begin, end, wanted);
-  if (found == end || *found != wanted || pair[found - sample.col] != pair[e]) return 0;
-  return static_cast<WideOf<Stored>>(grad[found - sample.col]);
-}
 
 Tensor sample_edges_backward(const Tensor& grad_value, const Tensor& rowptr, const Tensor& col, const Tensor& pair,
                              const Tensor& logits, const Tensor& table, const Tensor& rng, const Tensor& temperature,
@@ -120,7 +44,7 @@ Tensor sample_edges_backward(const Tensor& grad_value, const Tensor& rowptr, con
           if (!directed && sample.col[e] > row) break;
           WideOf<Stored> total = static_cast<WideOf<Stored>>(grad[e]);
           if (!directed) total += mirrored_grad(sample, pairs, grad, row, e, graph.first_node);
-          batch.add(graph, pairs[e], static_cast<WideOf<Stored>>(theta[pairs[e]]), total);
+          batch.add(graph, pairs[e] - graph.first_pair, pairs[e], static_cast<WideOf<Stored>>(theta[pairs[e]]), total);
           if (batch.size == kLanes) flush(draw, batch, out);
         }
       }

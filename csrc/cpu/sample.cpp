@@ -63,9 +63,8 @@ uint64_t decide(const Draw& draw, const Address& address, uint32_t counter, Lane
 
 }  // namespace
 
-template <typename Stored>
-Drawn<WideOf<Stored>> draw_pairs(const Stored* logits, const Layouts& layouts, const Draw& draw) {
-  using Real = WideOf<Stored>;
+template <typename Real>
+Drawn<Real> draw_pairs(const LogitSource<Real>& logits, const Layouts& layouts, const Draw& draw) {
   Drawn<Real> drawn;
   split(layouts, drawn);
 
@@ -78,7 +77,7 @@ Drawn<WideOf<Stored>> draw_pairs(const Stored* logits, const Layouts& layouts, c
     piece.hits_begin = hits.size();
     for (int64_t first = piece.begin; first < piece.end; first += kLanes) {
       const int count = static_cast<int>(std::min<int64_t>(kLanes, piece.end - first));
-      load_block(logits + graph.first_pair + first, count, lanes.theta);
+      logits(graph, first, count, lanes.theta);
       uint64_t mask = decide(draw, address, static_cast<uint32_t>(first / 4), lanes);
       if (count < kLanes) mask &= (uint64_t(1) << count) - 1;
       hits.append(first, mask, draw.hard() ? nullptr : lanes.value);
@@ -92,12 +91,12 @@ Drawn<WideOf<Stored>> draw_pairs(const Stored* logits, const Layouts& layouts, c
     const auto first = std::lower_bound(drawn.pieces.begin(), drawn.pieces.end(), begin, by_chunk);
     const auto last = std::lower_bound(first, drawn.pieces.end(), end, by_chunk);
     std::for_each(first, last, draw_piece);
+    for (int64_t chunk = begin; chunk < end; ++chunk) drawn.chunks[chunk].shrink();
   });
   return drawn;
 }
 
-template Drawn<float> draw_pairs<float>(const float*, const Layouts&, const Draw&);
-template Drawn<double> draw_pairs<double>(const double*, const Layouts&, const Draw&);
-template Drawn<float> draw_pairs<BFloat16>(const BFloat16*, const Layouts&, const Draw&);
+template Drawn<float> draw_pairs<float>(const LogitSource<float>&, const Layouts&, const Draw&);
+template Drawn<double> draw_pairs<double>(const LogitSource<double>&, const Layouts&, const Draw&);
 
 }  // namespace acgkd

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -39,6 +40,13 @@ class Hits {
   int64_t pair(int64_t i) const { return pair_[i]; }
   Real value(int64_t i) const { return value_ ? value_[i] : Real(1); }
 
+  // Gives back what growing took too much: a big graph has many chunks, most of them with few hits.
+  void shrink() {
+    pair_ = resized(pair_, size_);
+    if (value_) value_ = resized(value_, size_);
+    capacity_ = size_;
+  }
+
   // Appends first + i for every set bit i, with values[i] unless `values` is null (for all calls or for none).
   void append(int64_t first, uint64_t mask, const Real* values) {
     if (size_ + kLanes > capacity_) grow(values != nullptr);
@@ -51,14 +59,14 @@ class Hits {
 
  private:
   void grow(bool with_values) {
-    const int64_t capacity = capacity_ ? 2 * capacity_ : 4 * kLanes;
-    pair_ = larger(pair_, capacity);
-    if (with_values) value_ = larger(value_, capacity);
+    const int64_t capacity = std::max<int64_t>(2 * capacity_, 4 * kLanes);
+    pair_ = resized(pair_, capacity);
+    if (with_values) value_ = resized(value_, capacity);
     capacity_ = capacity;
   }
 
   template <typename T>
-  std::unique_ptr<T[]> larger(const std::unique_ptr<T[]>& old, int64_t capacity) const {
+  std::unique_ptr<T[]> resized(const std::unique_ptr<T[]>& old, int64_t capacity) const {
     std::unique_ptr<T[]> fresh(new T[capacity]);
     std::copy_n(old.get(), size_, fresh.get());
     return fresh;
@@ -84,8 +92,12 @@ struct Drawn {
   std::vector<Hits<Real>> chunks;
 };
 
-// Draws every pair of `logits`; parallel over chunks of pairs whose bounds depend on the layout only.
-template <typename Stored>
-Drawn<WideOf<Stored>> draw_pairs(const Stored* logits, const Layouts& layouts, const Draw& draw);
+// Writes the logits of pairs first .. first + count - 1 of a graph to a block, whose rest becomes 0.
+template <typename Real>
+using LogitSource = std::function<void(const GraphLayout& graph, int64_t first, int count, Real* theta)>;
+
+// Draws every pair; parallel over chunks of pairs whose bounds depend on the layout only.
+template <typename Real>
+Drawn<Real> draw_pairs(const LogitSource<Real>& logits, const Layouts& layouts, const Draw& draw);
 
 }  // namespace acgkd
