@@ -24,8 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from propagate_peers import Layer, available
+from propagate_peers import Layer, available, ours
 
 # Importing `propagate` declares its operators, whose oracle is taken by name.
 from acgkd_fast import EdgeSample, _library, propagate  # noqa: F401
@@ -50,20 +51,22 @@ class Size:
         return self.batch * self.nodes * (self.nodes - 1) * DENSITIES[self.density][0]
 
 
+TARGETS = [
+    Size(100_000, 1, 64, "1e7 edges"),
+    Size(20, 128, 64, "MUTAG"),
+    Size(100, 128, 64, "COLLAB"),
+    Size(430, 32, 64, "REDDIT-B"),
+]
+
+
 def sizes() -> Iterator[Size]:
     """The sizes with a target first, then every combination that fits."""
-    first = [
-        Size(100_000, 1, 64, "1e7 edges"),
-        Size(20, 128, 64, "MUTAG"),
-        Size(100, 128, 64, "COLLAB"),
-        Size(430, 32, 64, "REDDIT-B"),
-    ]
-    yield from first
+    yield from TARGETS
     for density, nodes, batch, width in itertools.product(DENSITIES, NODES, BATCHES, WIDTHS):
         size = Size(nodes, batch, width, density)
         fits = size.entries <= MAX_ENTRIES and nodes * batch * width <= MAX_NODE_FEATURES
         # Fewer than an edge per node is no graph of these data sets, and 1e7 edges is a size of its own.
-        if size not in first and fits and size.entries >= nodes * batch and density != "1e7 edges":
+        if size not in TARGETS and fits and size.entries >= nodes * batch and density != "1e7 edges":
             yield size
 
 
@@ -238,10 +241,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def bench(size: Size, device: torch.device, args: argparse.Namespace, flush: torch.Tensor | None) -> dict[str, Any]:
-    dtype = getattr(torch, args.dtype)
-    problem = Problem(size, device, dtype)
-    layers, absent = available(size.width, device, compile_naive=args.compile)
+def bench(
+    size: Size, device: torch.device, dtype: str, flush: torch.Tensor | None, *, compile_naive: bool
+) -> dict[str, Any]:
+    problem = Problem(size, device, getattr(torch, dtype))
+    layers, absent = available(size.width, device, compile_naive=compile_naive)
     if size.batch * size.nodes**2 * problem.x.element_size() > MAX_DENSE_BYTES:
         layers.pop("dense bmm")
         absent["dense bmm"] = "the padded matrices exceed 8 GiB"
@@ -253,7 +257,7 @@ def bench(size: Size, device: torch.device, args: argparse.Namespace, flush: tor
             results[name] = {"refused": str(error).splitlines()[0][:200]}
     degrees = problem.edges.rowptr.diff()
     facts = {"entries": problem.edges.col.numel(), "max_degree": int(degrees.max()), "bytes": problem.bytes_moved()}
-    return {**asdict(size), "dtype": args.dtype, **facts, "peers": results, "absent": absent}
+    return {**asdict(size), "dtype": dtype, **facts, "peers": results, "absent": absent}
 
 
 def summary(row: dict[str, Any], bandwidth: float | None) -> str:
@@ -270,6 +274,21 @@ def summary(row: dict[str, Any], bandwidth: float | None) -> str:
         row["share_of_copy_bandwidth"] = sum(row["bytes"].values()) / (mine * 1e-6) / 1e9 / bandwidth
         roof = f", {100 * row['share_of_copy_bandwidth']:.0f} % of copy bandwidth"
     return f"{label}: {mine} us{against}{roof}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", TARGETS, ids=lambda size: size.density)
+def test_target_sizes(size: Size, benchmark: Any) -> None:
+    """The sizes with a target, for `make gpu-check`; the script measures the whole table."""
+    device = torch.device("cuda")
+    facts, bandwidth = environment(device), copy_bandwidth(device)
+    flush = torch.empty(4 * facts["l2_bytes"], dtype=torch.uint8, device=device)
+    row = bench(size, device, "float32", flush, compile_naive=False)
+    assert "refused" not in row["peers"]["acgkd_fast"], row
+    print(summary(row, bandwidth))
+    benchmark.extra_info.update({**row, **facts, "copy_bandwidth_gb_per_s": bandwidth})
+    problem = Problem(size, device, torch.float32)
+    benchmark.pedantic(lambda: time_host(lambda: problem.step(ours), device), rounds=1)
 
 
 def main() -> None:
@@ -301,7 +320,7 @@ def main() -> None:
         if time.monotonic() - begin > args.seconds:
             print("out of time; the same command continues", flush=True)
             return
-        row = bench(size, device, args, flush)
+        row = bench(size, device, args.dtype, flush, compile_naive=args.compile)
         print(summary(row, bandwidth), flush=True)
         with args.out.open("a") as file:
             file.write(json.dumps({**row, **facts}) + "\n")

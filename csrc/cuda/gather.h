@@ -123,10 +123,16 @@ __device__ __forceinline__ void sweep(const Lane<T, kVector>& at, int feature, c
         }
         dot[u] *= factor[u];
       }
-      group_sum(dot, at.lanes);
+      // `base` is a multiple of kUnroll, so in a wide group entry base + u belongs to a lane that received sum u.
+      if (at.lanes >= kUnroll) {
+        const W sum_of_one = transposed_group_sum(dot, at.lane, at.lanes);
+        dots.add(base + at.lane % kUnroll, span.length, at.lane, at.lanes, sum_of_one);
+      } else {
+        group_sum(dot, at.lanes);
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        dots.add(base + u, span.length, at.lane, at.lanes, dot[u]);
+        for (int u = 0; u < kUnroll; ++u) {
+          dots.add(base + u, span.length, at.lane, at.lanes, dot[u]);
+        }
       }
     }
   }
@@ -136,7 +142,7 @@ constexpr int kDegreeLanes = 8;
 
 // 1 / sqrt(degree) of `count` rows from `first` on, into to[0 .. count). Groups of kDegreeLanes take short rows, the
 // block takes long ones. The order of additions depends on the row alone, so blocks that share a row get equal bits.
-// The whole block must take part, and must synchronise before `to` is read.
+// The whole block must take part; `to` is complete on return.
 template <class T>
 __device__ void inverse_root_degrees(const int* rowptr, const T* value, bool self_loops, int64_t first, int count,
                                      unsigned long_row, Wide<T>* to, Wide<T>* partial) {

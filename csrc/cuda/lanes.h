@@ -160,6 +160,20 @@ __device__ __forceinline__ V group_sum(V value, int lanes) {
   return one[0];
 }
 
+// Sums of four values over a group of at least four lanes; lane l receives the sum of value[l % 4]. Lanes hand over what
+// the other half will finish, so it takes 3 + log2(lanes / 4) exchanges instead of 4 log2(lanes).
+template <class V>
+__device__ __forceinline__ V transposed_group_sum(const V (&value)[4], int lane, int lanes) {
+  const bool odd = (lane & 1) != 0, high = (lane & 2) != 0;
+  const V first = (odd ? value[1] : value[0]) + __shfl_xor_sync(kAllLanes, odd ? value[0] : value[1], 1);
+  const V second = (odd ? value[3] : value[2]) + __shfl_xor_sync(kAllLanes, odd ? value[2] : value[3], 1);
+  V sum = (high ? second : first) + __shfl_xor_sync(kAllLanes, high ? first : second, 2);
+  for (int offset = 4; offset < lanes; offset <<= 1) {
+    sum += __shfl_xor_sync(kAllLanes, sum, offset);
+  }
+  return sum;
+}
+
 // Bytes of shared memory in which a block adds up what its groups found; every kernel has it at offset 0.
 template <class T>
 constexpr int kPartialBytes = kThreads * kElements<T, true> * static_cast<int>(sizeof(Wide<T>));

@@ -70,7 +70,6 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(Forward<T> a) {
       free_bytes += shared_scale_bytes<T>(a.nodes);
       inverse_root_degrees(a.rowptr, a.entries.value, a.self.self_loops, window.first, window.count, a.plan.long_row,
                            scale, partial);
-      __syncthreads();
       source.scale = scale;
       source.first_scale = window.first;
       for (int r = static_cast<int>(threadIdx.x); r < rows; r += kThreads) {
