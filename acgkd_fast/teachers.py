@@ -36,6 +36,8 @@ class Teacher:
             are left out before it sees a graph, and other values than 1 are an error.
         batch_norms: its BatchNorm1d layers that track statistics, in the order of ``modules()``.
         feature_kind: "one-hot", "degree", "continuous", "constant", or None where unknown.
+        has_adapter: whether a function of the user's stands between graphs and module, so that the
+            module's own layers do not tell the whole answer.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Teacher:
         num_classes: int,
         accepts_edge_weight: bool,
         feature_kind: str | None = None,
+        has_adapter: bool = False,
     ) -> None:
         self.module = module.eval().requires_grad_(False)
         self.num_features = num_features
@@ -56,6 +59,7 @@ class Teacher:
         self.batch_norms = [
             layer for layer in module.modules() if isinstance(layer, nn.BatchNorm1d) and layer.running_mean is not None
         ]
+        self.has_adapter = has_adapter
         self._call = call
 
     def __call__(self, graphs: GraphBatch) -> torch.Tensor:
@@ -141,6 +145,7 @@ def as_teacher(
         num_classes=classes,
         accepts_edge_weight=weighted,
         feature_kind=feature_kind,
+        has_adapter=call is not None,
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from ..nn.conv import GCNConv, GINConv
 from ..nn.models import READOUTS, Block, GraphClassifier
 from ..nn.norm import BatchNormReLU
-from ..teachers import Teacher, call_convention
+from ..teachers import Teacher
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ def why_not_packed(teacher: Teacher) -> str | None:
     # A subclass may compute anything in the methods it overrides, and an adapter anything at all.
     if type(model) is not GraphClassifier:
         return f"a {type(model).__name__} is no plain GraphClassifier"
-    if getattr(teacher._call, "__code__", None) is not call_convention(model).__code__:
+    if teacher.has_adapter:
         return "it is called through an adapter"
     if any(p.dtype != torch.float32 for p in model.parameters()):
         return "its parameters are not float32"
