@@ -18,7 +18,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .layout import ROWS, count_bits, find_program, first_word, graph_id, low_bits, lowest_bit, padded_row, row_start, triangle
+from .layout import (
+    ROWS,
+    count_bits,
+    find_program,
+    first_word,
+    graph_id,
+    low_bits,
+    lowest_bit,
+    padded_row,
+    row_start,
+    triangle,
+)
 from .philox import EDGE, lane_word, load_key
 from .relaxation import HARD_CONCRETE, RELAXED, SPARSE, is_drawn, noise_odds, soft_value, stretch
 
@@ -51,9 +62,7 @@ def transpose_bits(words):
 
 
 @triton.jit
-def complete_words(
-    bits, plane_words, begin, end, n, row_first, slot_first, WIDE: tl.constexpr, PADDED: tl.constexpr
-):
+def complete_words(bits, plane_words, begin, end, n, row_first, slot_first, WIDE: tl.constexpr, PADDED: tl.constexpr):
     """[W, 32 rows]: which of the columns from slot_first on each row of a complete graph holds."""
     Index: tl.constexpr = tl.int64 if WIDE else tl.int32
     group = tl.arange(0, GROUPS)
@@ -229,9 +238,7 @@ def pad_entries(col, pair, value, count, capacity, block):
 
 
 @triton.jit
-def entry_value(
-    logits, pair, first_pair, wanted, identity, key_0, key_1, step, estimator, noise, tau, gamma, zeta
-):
+def entry_value(logits, pair, first_pair, wanted, identity, key_0, key_1, step, estimator, noise, tau, gamma, zeta):
     """Forward value of entries whose value is not always 1; noise is drawn again for those only."""
     value = tl.full(wanted.shape, 1.0, tl.float32)
     if (estimator == RELAXED) | (estimator == HARD_CONCRETE) | (estimator == SPARSE):

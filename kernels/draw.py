@@ -124,9 +124,7 @@ def draw_bits_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def absent_gradient_kernel(
-    gradient, logits, table, rng, temperature, out, num_graphs, noise, BLOCK: tl.constexpr
-):
+def absent_gradient_kernel(gradient, logits, table, rng, temperature, out, num_graphs, noise, BLOCK: tl.constexpr):
     """Slope times gradient of the pairs that were not drawn, else 0. Grid as in `draw_bits_kernel`."""
     graph, number = find_program(table, num_graphs, tl.program_id(0), 1, 0, BLOCK, 1)
     first = tl.load(table + num_graphs + 1 + graph)

@@ -132,7 +132,9 @@ class Compaction:
         )  # fmt: skip
         if capacity < 0:
             capacity = int(self.needed.item())
-            check(capacity <= LARGEST_INT32, "logits", "a sample of at most 2^31-1 edges, the range of rowptr", capacity)
+            check(
+                capacity <= LARGEST_INT32, "logits", "a sample of at most 2^31-1 edges, the range of rowptr", capacity
+            )
             self.pad_programs = 0
         else:
             self.pad_programs = cdiv(capacity, compact.PAD.value)

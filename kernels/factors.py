@@ -64,9 +64,7 @@ def draw_factor_bits_kernel(
 
     For sparse straight-through a second plane says which pairs, drawn or absent, are in the sample.
     """
-    graph, number = find_program(
-        table, num_graphs, tl.program_id(0), 2, 4 + LOW + 8 * HIGH, HIGH * LOW, 9
-    )
+    graph, number = find_program(table, num_graphs, tl.program_id(0), 2, 4 + LOW + 8 * HIGH, HIGH * LOW, 9)
     node_first = tl.load(table + graph)
     n = (tl.load(table + graph + 1) - node_first).to(tl.int32)
     number = number.to(tl.int32)
@@ -175,9 +173,7 @@ def factor_pair_gradient_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def factor_node_gradient_kernel(
-    grad_theta, rowptr, col, z, grad_z, width, ENTRIES: tl.constexpr, WIDTH: tl.constexpr
-):
+def factor_node_gradient_kernel(grad_theta, rowptr, col, z, grad_z, width, ENTRIES: tl.constexpr, WIDTH: tl.constexpr):
     """grad_z of one row: its entries' gradients times the other ends' factors. Grid: (nodes, cdiv(width, WIDTH))."""
     row = tl.program_id(0)
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)

@@ -37,7 +37,9 @@ class Launch:
     options: tuple[tuple[str, int], ...]
 
     def __str__(self) -> str:
-        types = {kind for name, kind in self.signature if name in ("logits", "left", "z", "value") and kind != "constexpr"}
+        types = {
+            kind for name, kind in self.signature if name in ("logits", "left", "z", "value") and kind != "constexpr"
+        }
         flags = [f"{name}={value}" for name, value in self.constexprs if isinstance(value, bool)]
         return " ".join([self.kernel, *sorted(types), *flags])
 
