@@ -11,8 +11,9 @@ COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null || echo uncommitted)
 demo: $(VENV)/.demo
 	$(BIN)/acgkd-fast demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
+# One process per core with one thread each: threads of two processes would wait for each other.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest -q bench --benchmark-json=bench/results/$(COMMIT).json
