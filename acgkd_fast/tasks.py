@@ -162,4 +162,4 @@ def run_demo(out: Path, *, quick: bool, seed: int, progress: Progress) -> str:
     # The run is given the teacher alone. What is held back of the data only measures, after the run.
     evaluation = Evaluation("house or cycle", test, train)
     run = Run(out, teacher, config, teacher_name="gcn5-64, trained by the demo", progress=progress)
-    return result_table(run.execute(evaluation, students=1 if quick else 3))
+    return result_table(run.execute(evaluation, students=1 if quick else 5))
