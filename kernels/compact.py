@@ -113,7 +113,8 @@ def budget_words(bits, plane_words, begin, end, n, band, row_first, slot_first, 
     # Columns below the row fill the first two quarters.
     plane = tl.where(slot < 2 * band, plane_words, 0)
     string = load_string(bits + plane, bit >> 5, bit & 31, wanted, begin, end)
-    return transpose_bits(tl.where(wanted, string & low_bits(last) & ~low_bits(first), 0))
+    before = low_bits(tl.minimum(first, last))
+    return transpose_bits(tl.where(wanted, string & (low_bits(last) ^ before), 0))
 
 
 @triton.jit

@@ -116,5 +116,5 @@ def count_bits(word):
 @triton.jit
 def lowest_bit(word):
     """Position of the lowest set bit: the exponent of that power of two, exact in float32."""
-    power = word & (~word + 1)
+    power = word ^ (word & (word - 1))
     return (power.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127

@@ -34,4 +34,6 @@ def case_names() -> list[str]:
 
 @pytest.mark.parametrize("name", case_names() if find_spec("triton") else [])
 def test_interpreted_kernels_agree_with_the_oracle(results, name):
+    if "refusal" in results:
+        pytest.skip(results["refusal"])
     assert results[name] == "passed", results[name]
