@@ -168,6 +168,18 @@ def test_staging_confirms_the_order_of_columns(emulated):
     torch.testing.assert_close(found["out"].double(), out, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [Case((18,) * 131, 64, density=0.13, capacity_slack=999), Case((75,) * 8, 64)],
+    ids=["MUTAG", "COLLAB"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sizes_of_real_data(emulated, case, dtype):
+    emulated.configure(0, 132)
+    for layer in ("gcn", "gin"):
+        compare(emulated.ops, layer, Inputs(case, dtype))
+
+
 def test_launches(emulated):
     """Degrees are folded into the forward kernel of a small batch, and backward is one sweep."""
 
@@ -224,7 +236,7 @@ def test_readout(emulated, dtype, mode):
 
 @pytest.mark.parametrize("mode", READOUT_MODES)
 def test_readout_of_large_graphs_in_slices(emulated, mode):
-    for width in (5, 64):
+    for width in (5, 64, 300):
         for dtype in (torch.float32, torch.bfloat16):
             assert_order_does_not_matter(
                 emulated, lambda w=width, d=dtype: compare_readout(emulated.ops, [900, 0, 3], w, mode, d), processors=8
@@ -251,9 +263,10 @@ def test_normalize(emulated, dtype):
 
 def test_moments_of_many_blocks(emulated):
     """With eight processors 900 rows of 64 are eight blocks, merged by a second launch."""
-    assert_order_does_not_matter(
-        emulated, lambda: compare_normalize(emulated.ops, 900, 64, torch.float32), processors=8
-    )
+    for width in (64, 300):
+        assert_order_does_not_matter(
+            emulated, lambda w=width: compare_normalize(emulated.ops, 900, w, torch.float32), processors=8
+        )
     x, constants = torch.randn(900, 64), [torch.ones(64)] * 4
     emulated.configure(0, 8)
     emulated.ops.column_moments(x)
