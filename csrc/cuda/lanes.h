@@ -160,8 +160,8 @@ __device__ __forceinline__ V group_sum(V value, int lanes) {
   return one[0];
 }
 
-// Sums of four values over a group of at least four lanes; lane l receives the sum of value[l % 4]. Lanes hand over what
-// the other half will finish, so it takes 3 + log2(lanes / 4) exchanges instead of 4 log2(lanes).
+// Sums of four values over a group of at least four lanes; lane l receives the sum of value[l % 4]. Lanes hand over
+// what the other half will finish, so it takes 3 + log2(lanes / 4) exchanges instead of 4 log2(lanes).
 template <class V>
 __device__ __forceinline__ V transposed_group_sum(const V (&value)[4], int lane, int lanes) {
   const bool odd = (lane & 1) != 0, high = (lane & 2) != 0;
