@@ -33,6 +33,7 @@ class EdgeSample:
         needed: int64 [1] on the device, the edges that the sample wanted; None without capacity.
         antithetic: the mirrored draw of an ARM pair.
         rng: int64 [2], seed and step of an ARM pair.
+        draw: (logits, table, rng, temperature, kind, noise) behind `port`, None without one.
     """
 
     rowptr: torch.Tensor
@@ -46,6 +47,7 @@ class EdgeSample:
     needed: torch.Tensor | None = None
     antithetic: EdgeSample | None = None
     rng: torch.Tensor | None = None
+    draw: tuple[Any, ...] | None = field(default=None, repr=False)
     _transposed: Transposed | None = field(default=None, init=False, repr=False)
     _has_self_loops: bool | None = field(default=None, init=False, repr=False)
 
@@ -146,7 +148,7 @@ class EdgeSample:
     def with_value(self, value: torch.Tensor, *, symmetric: bool = False) -> EdgeSample:
         """The same structure with other weights; gradients no longer reach the logits by themselves."""
         check_tensor("value", value, shape=tuple(self.value.shape), device=self.value.device)
-        return replace(self, value=value, symmetric=symmetric, port=None)
+        return replace(self, value=value, symmetric=symmetric, port=None, draw=None)
 
     def drop_zeros(self) -> EdgeSample:
         """Without entries of value 0, such as the absent pairs of sparse straight-through. Detached."""

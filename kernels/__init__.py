@@ -23,6 +23,7 @@ OPERATORS = {
         "candidate_port_backward",
         "candidate_gradient",
         "candidate_backward",
+        "node_port",
         "pair_uniforms",
     ),
     "factors": ("sample_factor_edges", "sample_factor_edges_backward"),

@@ -66,7 +66,8 @@ def tile_nodes(n, band, number, BUDGET: tl.constexpr, TILE: tl.constexpr):
     return first, second, tiles
 
 
-@triton.jit(do_not_specialize=_SIZES)
+# The three may be parts of one tensor, which begin anywhere.
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["left", "right", "node_term"])
 def candidate_kernel(
     left,
     right,
@@ -124,9 +125,11 @@ def candidate_kernel(
         columns = load_rows(tl.where(turned, left, right), node_first + second, second < n, channel, width)
         grad = tl.dot(rows, tl.trans(columns), grad, input_precision="ieee")
     if (directed == 0) | (direction == 0):
-        grad += tl.load(node_term + node_first + first, mask=first < n, other=0.0).to(tl.float32)[:, None]
+        term = tl.load(node_term + node_first + first, mask=first < n, other=0.0)
+        grad += term.to(tl.float32)[:, None]
     if (directed == 0) | (direction == 1):
-        grad += tl.load(node_term + node_first + second, mask=second < n, other=0.0).to(tl.float32)[None, :]
+        term = tl.load(node_term + node_first + second, mask=second < n, other=0.0)
+        grad += term.to(tl.float32)[None, :]
 
     if directed != 0:
         # An odd number means row > column; the first node is the row unless turned.

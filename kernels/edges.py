@@ -16,7 +16,7 @@ from acgkd_fast.edges.estimators import Estimator
 from acgkd_fast.errors import check
 
 from . import backward, candidates, compact, draw
-from .launch import LARGEST_INT32, cdiv, num_programs, on_device
+from .launch import LARGEST_INT32, cdiv, check_contiguous, num_programs, on_device
 
 PAIR_BLOCK = 1024
 ENTRY_BLOCK = 256
@@ -76,6 +76,7 @@ def sample_edges(
         return reference.sample_edges(
             logits, table, rng, temperature, kind, estimator, noise, gamma, zeta, absent_rate, num_nodes, capacity
         )
+    check_contiguous("sample_edges", logits=logits, table=table, rng=rng)
     graphs, pairs = table.shape[1] - 1, logits.shape[0]
     if graphs == 0:
         return Compaction.empty(logits, capacity)
@@ -185,6 +186,8 @@ def sample_edges_backward(
             grad_value, rowptr, col, pair, logits, table, rng, temperature, kind, estimator, noise, gamma, zeta,
             absent_rate,
         )  # fmt: skip
+    structure = {"rowptr": rowptr, "col": col, "pair": pair}
+    check_contiguous("sample_edges_backward", grad_value=grad_value, **structure, logits=logits, table=table, rng=rng)
     grad_logits = torch.zeros_like(logits)
     entries, nodes, graphs = col.shape[0], rowptr.shape[0] - 1, table.shape[1] - 1
     if entries == 0 or graphs == 0 or estimator in (Estimator.ARM, Estimator.ARM_MIRRORED):
@@ -198,8 +201,9 @@ def sample_edges_backward(
     return grad_logits
 
 
-# A zero stored once: nothing to compute.
+# Zeros stored once: nothing to compute.
 candidate_port = reference.candidate_port
+node_port = reference.node_port
 
 
 def candidate_port_backward(
@@ -213,6 +217,7 @@ def candidate_port_backward(
 ) -> torch.Tensor:
     if logits.dtype == torch.float64:
         return reference.candidate_port_backward(grad_port, logits, table, rng, temperature, kind, noise)
+    check_contiguous("candidate_port_backward", grad_port=grad_port, logits=logits, table=table, rng=rng)
     grad_logits = torch.empty_like(logits)
     graphs, pairs = table.shape[1] - 1, logits.shape[0]
     if pairs:
@@ -263,18 +268,21 @@ def _candidates(
     kind: int,
     noise: int,
 ) -> None:
+    factors = {"left": left, "right": right, "node_term": node_term}
+    check_contiguous("candidate gradients", **factors, logits=logits, table=table, rng=rng)
     (nodes, width), pairs, graphs = left.shape, out.shape[0], table.shape[1] - 1
     if not pairs:
         return
     with on_device(left):
         candidates.candidate_kernel[candidates.tile_grid(pairs, nodes, graphs, kind)](
-            left.contiguous(), right.contiguous(), node_term, logits, table, rng, temperature, out, graphs, width,
+            left, right, node_term, logits, table, rng, temperature, out, graphs, width,
             kind >> 1 & 1, noise, BUDGET=bool(kind & 1), SLOPE=logits is not None, TILE=candidates.TILE,
             CHANNELS=candidates.CHANNELS, num_warps=8,
         )  # fmt: skip
 
 
 def pair_uniforms(table: torch.Tensor, rng: torch.Tensor, kind: int, stream: int, num_pairs: int) -> torch.Tensor:
+    check_contiguous("pair_uniforms", table=table, rng=rng)
     out = torch.empty(num_pairs, dtype=torch.float32, device=table.device)
     if num_pairs:
         with on_device(table):

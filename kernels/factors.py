@@ -19,7 +19,7 @@ from acgkd_fast.edges.estimators import Estimator
 from .backward import twin_entry
 from .draw import join_lanes, pack_bits
 from .edges import Bits, Compaction, count_words
-from .launch import cdiv, num_programs, on_device, warps
+from .launch import cdiv, check_contiguous, num_programs, on_device, warps
 from .layout import find_program, first_word, graph_id, last_not_above, padded_row, triangle
 from .philox import ABSENT, EDGE, lane_word, load_key, philox_words, uniform
 from .relaxation import SPARSE, absent_chance, is_drawn, noise_odds, soft_slope, value_slope
@@ -222,6 +222,7 @@ def sample_factor_edges(
         return factorised.sample_factor_edges(
             z, bias, table, rng, temperature, estimator, noise, absent_rate, num_pairs, capacity
         )
+    check_contiguous("sample_factor_edges", z=z, bias=bias, table=table, rng=rng)
     (nodes, width), graphs = z.shape, table.shape[1] - 1
     if graphs == 0:
         return Compaction.empty(z, capacity)
@@ -269,6 +270,10 @@ def sample_factor_edges_backward(
         return factorised.sample_factor_edges_backward(
             grad_value, rowptr, col, pair, z, bias, table, rng, temperature, estimator, noise, absent_rate
         )
+    structure = {"rowptr": rowptr, "col": col, "pair": pair}
+    check_contiguous(
+        "sample_factor_edges_backward", grad_value=grad_value, **structure, z=z, bias=bias, table=table, rng=rng
+    )
     (nodes, width), graphs, entries = z.shape, table.shape[1] - 1, col.shape[0]
     grad_z, grad_bias = torch.empty_like(z), torch.empty_like(bias)
     if graphs == 0:

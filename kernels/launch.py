@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from acgkd_fast.errors import check
+
 LARGEST_INT32 = 2**31 - 1
 
 
@@ -16,6 +18,12 @@ def cdiv(a: int, b: int) -> int:
 def num_programs(a: int, b: int, d: int, c: int, *, pairs: int, nodes: int, graphs: int) -> int:
     """Programs of a batch: ``layout.first_program`` one past the last graph."""
     return (a * pairs + b * nodes) // d + c * graphs
+
+
+def check_contiguous(operator: str, **tensors: torch.Tensor | None) -> None:
+    """Kernels index rows by their length; a strided view would be read wrongly without a word."""
+    for name, tensor in tensors.items():
+        check(tensor is None or tensor.is_contiguous(), f"{operator}: {name}", "a contiguous tensor", tensor)
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:

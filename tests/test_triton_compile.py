@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton_launches import Launch, record, run_everything  # noqa: E402
 from triton_targets import TARGETS, Usage, compile_launch  # noqa: E402
 
-from acgkd_fast import PairLayout, _library, kernels  # noqa: E402
+from acgkd_fast import InputError, PairLayout, _library, kernels  # noqa: E402
 from acgkd_fast.edges.estimators import Estimator  # noqa: E402
 
 
@@ -78,6 +78,18 @@ def test_dispatch_registers_every_declared_kernel():
     declared = {name for names in kernels.OPERATORS.values() for name in names}
     assert {name for name in _library.operators() if _library.backend(name, "cuda") == "triton"} == declared
     assert declared <= set(_library.operators())
+
+
+def test_strided_operands_are_named():
+    from acgkd_fast.kernels import edges
+
+    layout = PairLayout.complete([5])
+    strided = torch.zeros(20)[::2]
+    rest = (layout.table, torch.zeros(2, dtype=torch.int64), torch.ones(1, dtype=torch.float64), 0)
+    with pytest.raises(InputError, match=r"^sample_edges: logits: expected a contiguous tensor"):
+        edges.sample_edges(strided, *rest, 2, 0, -0.1, 1.1, 0.25, 5, 9)
+    with pytest.raises(InputError, match=r"^candidate_port_backward: grad_port: expected a contiguous tensor"):
+        edges.candidate_port_backward(strided, torch.zeros(10), *rest, 0)
 
 
 def test_import_does_not_load_triton():

@@ -28,11 +28,16 @@ _OPTIONS = ("num_warps", "num_stages")
 
 @dataclass(frozen=True)
 class Launch:
-    """One compiled variant: a kernel with its types, constexprs and options, all hashable."""
+    """One compiled variant: a kernel with its types, constexprs and options, all hashable.
+
+    `aligned` are the positions of pointers to multiples of 16 bytes, as torch allocates them, except those
+    for which the kernel promises to take any.
+    """
 
     module: str
     kernel: str
     signature: tuple[tuple[str, str], ...]
+    aligned: tuple[int, ...]
     constexprs: tuple[tuple[str, object], ...]
     options: tuple[tuple[str, int], ...]
 
@@ -67,12 +72,16 @@ def record() -> Iterator[list[tuple[Launch, tuple[int, ...]]]]:
         # A size that Triton specialises would compile anew for 1 and for multiples of 16.
         free = {p.name for p in self.params if p.do_not_specialize}
         assert all(name in free for name, value in values.items() if type(value) is int and name not in fixed)
+        signature = tuple((n, "constexpr" if n in fixed else _type_of(values[n])) for n in self.arg_names)
+        loose = {p.name for p in self.params if p.do_not_specialize_on_alignment}
+        pointers = [i for i, (n, kind) in enumerate(signature) if kind.startswith("*") and n not in loose]
         found.append(
             (
                 Launch(
                     self.fn.__module__,
                     self.fn.__name__,
-                    tuple((n, "constexpr" if n in fixed else _type_of(values[n])) for n in self.arg_names),
+                    signature,
+                    tuple(pointers),
                     tuple((n, values[n]) for n in self.arg_names if n in fixed),
                     options,
                 ),

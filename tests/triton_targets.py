@@ -28,18 +28,13 @@ class Usage:
 
 
 def compile_launch(launch: Launch, target: str) -> Usage:
-    """Compile to machine code for a target that need not be here.
-
-    Pointers count as aligned to 16 bytes, as torch allocates them.
-    """
+    """Compile to machine code for a target that need not be here."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    attributes = {
-        (i,): [["tt.divisibility", 16]] for i, (_, kind) in enumerate(launch.signature) if kind.startswith("*")
-    }
+    attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
     source = ASTSource(kernel, dict(launch.signature), dict(launch.constexprs), attributes)
     amd = target.startswith("gfx")
     machine = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target[3:]), 32)

@@ -144,7 +144,8 @@ def sample_edges(
     shared = (logits, layout.table, rng, tau, layout.kind)
     sample = _draw(shared, code, noise_code, (gamma, zeta, absent_rate), layout, capacity)
     if code == Estimator.STRAIGHT_THROUGH and logits.requires_grad:
-        sample = replace(sample, port=torch.ops.acgkd_fast.candidate_port(*shared, noise_code))
+        port = torch.ops.acgkd_fast.candidate_port(*shared, noise_code)
+        sample = replace(sample, port=port, draw=(*shared, int(noise_code)))
     if code == Estimator.ARM:
         mirrored = _draw(shared, Estimator.ARM_MIRRORED, noise_code, (gamma, zeta, absent_rate), layout, capacity)
         sample = replace(sample, antithetic=mirrored, rng=rng)

@@ -63,6 +63,11 @@ CANDIDATE_BACKWARD = define(
     reference.candidate_backward,
     lambda left, right, node_term, logits, *_: torch.empty_like(logits),
 )
+NODE_PORT = define(
+    f"node_port({_LAYOUT}, int noise, Tensor x) -> Tensor",
+    reference.node_port,
+    lambda logits, table, rng, temperature, kind, noise, x: x.new_empty(1).expand(1, 2 * x.numel() + x.shape[0]),
+)
 PAIR_UNIFORMS = define(
     "pair_uniforms(Tensor table, Tensor rng, int kind, int stream, SymInt num_pairs) -> Tensor",
     reference.pair_uniforms,
@@ -99,5 +104,22 @@ def _candidate_port_backward(ctx: Any, grad_port: torch.Tensor) -> tuple[torch.T
     return (grad_logits, None, None, None, None, None)
 
 
+def _node_port_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, kind, noise, x = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.settings, ctx.shape = (kind, noise), x.shape
+
+
+@first_order
+def _node_port_backward(ctx: Any, grad_port: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    nodes, width = ctx.shape
+    left, right, node_term = grad_port.contiguous().view(-1).split([nodes * width, nodes * width, nodes])
+    grad_logits = torch.ops.acgkd_fast.candidate_backward(
+        left.view(ctx.shape), right.view(ctx.shape), node_term, *ctx.saved_tensors, *ctx.settings
+    )
+    return (grad_logits, None, None, None, None, None, None)
+
+
+torch.library.register_autograd(NODE_PORT, _node_port_backward, setup_context=_node_port_setup)
 torch.library.register_autograd(SAMPLE_EDGES, _sample_edges_backward, setup_context=_sample_edges_setup)
 torch.library.register_autograd(CANDIDATE_PORT, _candidate_port_backward, setup_context=_candidate_port_setup)

@@ -225,6 +225,23 @@ def candidate_backward(
     return candidate_port_backward(grad, logits, table, rng, temperature, kind, noise)
 
 
+def node_port(
+    logits: torch.Tensor,
+    table: torch.Tensor,
+    rng: torch.Tensor,
+    temperature: torch.Tensor,
+    kind: int,
+    noise: int,
+    x: torch.Tensor,
+) -> torch.Tensor:
+    """A zero for every entry of `candidate_gradient`'s left, right and node_term, [1, N (2 F + 1)], stored once.
+
+    A port for one layer with features x [N, F]: its consumer sends it these factors, one behind the other,
+    in place of a gradient per candidate.
+    """
+    return x.new_zeros(1).expand(1, 2 * x.numel() + x.shape[0])
+
+
 def pair_uniforms(table: torch.Tensor, rng: torch.Tensor, kind: int, stream: int, num_pairs: int) -> torch.Tensor:
     """The uniform of every candidate pair, float32 [P]."""
     return PairLayout.from_table(table, kind).uniforms(seed=rng[0], step=rng[1], stream=Stream(stream))

@@ -20,10 +20,17 @@ def _check(x: torch.Tensor, edges: EdgeSample) -> None:
     check_tensor("x", x, shape=(edges.num_nodes, None), dtypes=_DTYPES, device=edges.rowptr.device)
 
 
+def _fuses_candidates(x: torch.Tensor) -> bool:
+    """Whether one kernel turns node factors into gradients of the logits, with no float per candidate between."""
+    return x.is_cuda
+
+
 def _operands(x: torch.Tensor, edges: EdgeSample) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int]:
     value = edges.value if edges.value.dtype == x.dtype else edges.value.to(x.dtype)
     port = edges.port
-    if port is not None and port.dtype != x.dtype:
+    if port is not None and edges.draw is not None and _fuses_candidates(x):
+        port = torch.ops.acgkd_fast.node_port(*edges.draw, x)
+    elif port is not None and port.dtype != x.dtype:
         port = port.to(x.dtype)
     layout = edges.layout
     if layout is None:

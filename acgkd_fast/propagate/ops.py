@@ -65,12 +65,27 @@ READOUT_BACKWARD = define(
 )
 
 
+def _port_gradient(
+    shape: torch.Size,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    node_term: torch.Tensor,
+    table: torch.Tensor | None,
+    kind: int,
+) -> torch.Tensor:
+    """What a port gets: the gradient of each candidate [P], or, a node port, the factors that it is made of."""
+    if len(shape) == 2:
+        return torch.cat([left.reshape(-1), right.reshape(-1), node_term])[None]
+    grad: torch.Tensor = torch.ops.acgkd_fast.candidate_gradient(left, right, node_term, table, kind, shape[0])
+    return grad
+
+
 def _gcn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, value, port, table, *matrix, add_self_loops, kind = inputs
     out, scale = output
     ctx.mark_non_differentiable(scale)
     ctx.save_for_backward(x, out, value, scale, table, *matrix)
-    ctx.port_pairs = None if port is None else port.shape[0]
+    ctx.port_shape = None if port is None else port.shape
     ctx.settings = (add_self_loops, kind)
 
 
@@ -86,16 +101,14 @@ def _gcn_backward(ctx: Any, grad_out: torch.Tensor, _grad_scale: Any) -> tuple[t
     if ctx.needs_input_grad[2]:
         left = (scale[:, None] * grad_out).to(x.dtype)
         right = (scale[:, None] * x).to(x.dtype)
-        grad_port = torch.ops.acgkd_fast.candidate_gradient(
-            left, right, grad_degree.to(x.dtype), table, kind, ctx.port_pairs
-        )
+        grad_port = _port_gradient(ctx.port_shape, left, right, grad_degree.to(x.dtype), table, kind)
     return (grad_x, grad_value, grad_port, *[None] * (len(matrix) + 3))
 
 
 def _gin_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, value, eps, port, table, *matrix, kind = inputs
     ctx.save_for_backward(x, value, eps, table, *matrix)
-    ctx.port_pairs = None if port is None else port.shape[0]
+    ctx.port_shape = None if port is None else port.shape
     ctx.kind = kind
 
 
@@ -107,7 +120,7 @@ def _gin_backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None
     grad_port = None
     if ctx.needs_input_grad[3]:
         node_term = x.new_zeros(x.shape[0])
-        grad_port = torch.ops.acgkd_fast.candidate_gradient(grad_out, x, node_term, table, ctx.kind, ctx.port_pairs)
+        grad_port = _port_gradient(ctx.port_shape, grad_out, x, node_term, table, ctx.kind)
     return (grad_x, grad_value, grad_eps, grad_port, *[None] * (len(matrix) + 2))
 
 
