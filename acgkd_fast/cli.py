@@ -120,8 +120,10 @@ def train_teacher(
         )
     finally:
         close()
-    click.echo(f"{out}: {arch} on {dataset}, accuracy {100 * scores['accuracy']:.1f} % on {scores['num_graphs']} "
-               f"held-out graphs (majority class {100 * scores['majority']:.1f} %)")
+    click.echo(
+        f"{out}: {arch} on {dataset}, accuracy {100 * scores['accuracy']:.1f} % on {scores['num_graphs']} "
+        f"held-out graphs (majority class {100 * scores['majority']:.1f} %)"
+    )
 
 
 @main.command()
@@ -212,8 +214,10 @@ def evaluate(model: Path, dataset: str, data_root: Path, split_seed: int, split:
     if as_json:
         click.echo(json.dumps(scores))
     else:
-        click.echo(f"accuracy {100 * scores['accuracy']:.1f} % on {scores['num_graphs']} graphs "
-                   f"(majority class {100 * scores['majority']:.1f} %)")
+        click.echo(
+            f"accuracy {100 * scores['accuracy']:.1f} % on {scores['num_graphs']} graphs "
+            f"(majority class {100 * scores['majority']:.1f} %)"
+        )
 
 
 @main.command()

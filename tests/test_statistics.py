@@ -24,8 +24,6 @@ class Unfused(nn.BatchNorm1d):
         return torch.relu(super().forward(x))
 
 
-
-
 class Teacher(nn.Module):
     def __init__(self, *, fail: bool = False) -> None:
         super().__init__()

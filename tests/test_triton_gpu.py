@@ -125,6 +125,23 @@ def test_gradients_against_float64(kind, name, dtype):
         compare("candidate_port_backward", (torch.randn_like(logits), *shared, noise))
 
 
+@pytest.mark.parametrize("kind", LAYOUT_KINDS)
+def test_layers_reach_every_candidate_through_node_ports(kind):
+    """Against the CPU's float64 gradient, which goes through a float per candidate."""
+    layout = make_layout(kind, [1, 70, 5, 33])
+    logits, x = normal(layout.num_pairs, 1), normal((layout.num_nodes, 12), 2)
+    results = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        leaf = logits.to(device, dtype).requires_grad_()
+        sample = af.sample_edges(leaf, layout.to(device), seed=6, temperature=0.8)
+        hidden = torch.tanh(af.gcn_propagate(x.to(device, dtype), sample))
+        out = af.gin_propagate(hidden, sample, 0.1)
+        results.append((sample.pair.cpu(), torch.autograd.grad(out.square().sum(), leaf)[0].cpu().double()))
+    (pairs, want), (same_pairs, got) = results
+    assert torch.equal(pairs, same_pairs) and want.count_nonzero() > 0.9 * want.numel()
+    torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-4 * float(want.abs().max()))
+
+
 def test_float32_products_are_not_rounded_to_tf32():
     """1 + 2^-12 needs more than tf32's 10 bits."""
     layout = make_layout("complete", [70], device="cuda")

@@ -27,6 +27,8 @@ COLUMN_MOMENTS_BACKWARD = define(
     reference.column_moments_backward,
     lambda grad_mean, grad_variance, x, mean: torch.empty_like(x),
 )
+
+
 def _frozen_fake(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     found = x.new_empty(x.shape[1] if args[-1] else 0, dtype=compute_dtype(x.dtype))
     return torch.empty_like(x), found, torch.empty_like(found)
