@@ -1,4 +1,4 @@
-"""The command line: demo, train-teacher, distill, evaluate, doctor."""
+"""The command line: demo, train-teacher, distill, evaluate, table, doctor."""
 
 from __future__ import annotations
 
@@ -235,6 +235,48 @@ def demo(out: Path, quick: bool, seed: int) -> None:
         close()
     click.echo(table)
     click.echo(f"report: {out / 'report.html'}")
+
+
+@main.command()
+@click.option("--out", required=True, type=_FILE, help="File of finished cells (JSON lines); they are not run again.")
+@click.option("--work", type=_FOLDER, default=Path("runs/table"), show_default=True, help="Folder for teachers.")
+@click.option("--data-root", type=_FOLDER, help="Folder that holds the data sets.")
+@click.option("--datasets", default="house-or-cycle", show_default=True, help="Names, separated by commas.")
+@click.option("--teachers", default="gcn5-64", show_default=True, help="Architectures, separated by commas.")
+@click.option("--students", default="gcn3-32", show_default=True, help="Architectures, separated by commas.")
+@click.option("--splits", default="1,2,3,4,5", show_default=True, help="Seeds of the splits, separated by commas.")
+@click.option(
+    "--rows", help="Names, separated by commas [default: our method and every baseline]; 'all' adds ablations."
+)
+@click.option("--config", "config_file", type=_FILE, help="JSON settings of every cell; prior and seed are the cell's.")
+def table(
+    out: Path,
+    work: Path,
+    data_root: Path | None,
+    datasets: str,
+    teachers: str,
+    students: str,
+    splits: str,
+    rows: str | None,
+    config_file: Path | None,
+) -> None:
+    """Accuracy of every method over data sets, teachers and splits; resumable. Prints the table."""
+    from .distill.config import RunConfig
+    from .table import ROWS, Table, default_rows, render
+
+    config = RunConfig() if config_file is None else RunConfig.from_file(config_file)
+    chosen = default_rows() if rows is None else ROWS if rows == "all" else _names(rows)
+    for seed in _names(splits):
+        check(seed.isdecimal(), "splits", "seeds separated by commas, such as 1,2,3", seed)
+    seeds = [int(seed) for seed in _names(splits)]
+    Table(out, work, data_root, config, report=lambda line: click.echo(line, err=True)).run(
+        _names(datasets), teachers=_names(teachers), students=_names(students), splits=seeds, rows=chosen
+    )
+    click.echo(render(out))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @main.command()

@@ -1,0 +1,359 @@
+"""Accuracy tables over data sets, teachers, splits and methods: one resumable grid of cells, kept as JSON lines.
+
+A cell is one student of one row (method) for one teacher on one split. Nothing is chosen on held-out graphs: settings
+are the same in every cell, the last epoch counts, and a method sees the teacher and the prior alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .baselines import Pool, balanced_random_pool, dfad, gfkd_graphs, inverted_features, random_pools
+from .checkpoints import load_model, save_model
+from .data import GraphDataset, house_or_cycle, load_dataset
+from .distill.config import RunConfig
+from .distill.metrics import MetricsLog
+from .distill.pool import random_pool
+from .distill.run import Run
+from .distill.student import distill_student, new_student, teacher_logits
+from .errors import InputError, check
+from .graphs import GraphBatch
+from .nn.models import parse_arch
+from .pseudo_graphs import GraphPrior
+from .tasks import split_dataset, split_positions
+from .teachers import Teacher, as_teacher, evaluate, train_classifier
+
+# Published mean node counts: all that the prior is told about a data set. Density is left at its default.
+MEAN_NODES = {
+    "house-or-cycle": 25,
+    "MUTAG": 18,
+    "PTC_MR": 14,
+    "PROTEINS": 39,
+    "IMDB-BINARY": 20,
+    "COLLAB": 74,
+    "REDDIT-BINARY": 430,
+}
+# Beyond these a baseline takes hours on a CPU; its cell then says so.
+_MOST_GFKD_PAIRS = 3_000_000
+_MOST_DFAD_PAIRS = 20_000_000
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "acgkd-fast": {},
+    "learn only": {"learn.steps": 400, "refine.steps": 0},
+    "learn then refine": {"learn.steps": 400},
+    "refine without K": {"refine.lam_k": 0.0},
+    "refine without CE": {"refine.w_ce": 0.0},
+}
+
+Report = Callable[[str], None]
+
+
+class Skipped(Exception):
+    """A cell that is left out, with the reason."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One teacher on one split, and what a method may know of it.
+
+    Attributes:
+        dataset, arch, split: name of the data set, the teacher's architecture, seed of the 70/30 split.
+        teacher: trained on `train`.
+        prior: sizes from half to one and a half times the published mean, default density.
+        train, test: real graphs; `train` is for the rows on real data, `test` measures.
+    """
+
+    dataset: str
+    arch: str
+    split: int
+    teacher: Teacher
+    prior: GraphPrior
+    train: GraphBatch
+    test: GraphBatch
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a row gets: a case, the student's architecture, the settings and a seed."""
+
+    case: Case
+    student: str
+    config: RunConfig
+    seed: int
+
+    def taught(self, pool: Pool) -> nn.Module:
+        """A student of the run's settings on a pool."""
+        settings = self.config.student
+        model = new_student(self.case.teacher, self.student, self.seed, dropout=settings.dropout)
+        return distill_student(self.case.teacher, pool, model, settings, seed=self.seed)
+
+    @cached_property
+    def common(self) -> tuple[Teacher, GraphPrior, int]:
+        return self.case.teacher, self.case.prior, self.config.num_graphs
+
+
+def _real_labels(task: Task) -> nn.Module:
+    model = new_student(task.case.teacher, task.student, task.seed, dropout=task.config.student.dropout)
+    settings = task.config.student
+    return train_classifier(
+        model, task.case.train, epochs=settings.epochs, lr=settings.lr, batch_size=settings.batch_size, seed=task.seed
+    )
+
+
+def _gfkd(task: Task) -> nn.Module:
+    teacher, prior, count = task.common
+    pairs = count * prior.max_nodes**2 // 2
+    if pairs > _MOST_GFKD_PAIRS:
+        raise Skipped(f"about {pairs:,} directed pairs, half of them edges, in each of 1500 steps")
+    return task.taught(gfkd_graphs(teacher, prior, count, seed=task.seed))
+
+
+def _dfad(task: Task) -> nn.Module:
+    teacher, prior, _ = task.common
+    pairs = 128 * prior.max_nodes**2
+    if pairs > _MOST_DFAD_PAIRS:
+        raise Skipped(f"about {pairs:,} dense pairs in each of 1000 steps")
+    return dfad(teacher, prior, task.student, seed=task.seed)[0]
+
+
+BASELINES: dict[str, Callable[[Task], nn.Module]] = {
+    "teacher": lambda task: task.case.teacher.module,
+    "real labels": _real_labels,
+    "real graphs": lambda task: task.taught(task.case.train),
+    "random graphs": lambda task: task.taught(random_pool(*task.common, seed=task.seed)),
+    "random graphs anew": lambda task: task.taught(random_pools(*task.common, seed=task.seed)),
+    "balanced random graphs": lambda task: task.taught(balanced_random_pool(*task.common, seed=task.seed)),
+    "inverted features": lambda task: task.taught(inverted_features(*task.common, seed=task.seed)),
+    "GFKD": _gfkd,
+    "DFAD-GNN": _dfad,
+}
+ROWS = ("majority class", *BASELINES, *VARIANTS)
+# The better of these is the floor that a method has to leave below.
+FLOOR = ("majority class", "random graphs anew")
+CEILING = "real graphs"
+OURS = "acgkd-fast"
+
+
+class Table:
+    """The grid, its file of finished cells and its folder of teachers.
+
+    Args:
+        out: JSON lines, one finished cell each; cells that are there are not run again.
+        work: folder for teachers.
+        data_root: folder of the TUDatasets.
+        config: settings of every cell; prior and seed are set by the cell.
+        report: called with one line per finished cell.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        work: Path,
+        data_root: Path | None,
+        config: RunConfig | None = None,
+        *,
+        report: Report | None = None,
+    ) -> None:
+        self.work, self.data_root = work, data_root
+        self.config = config or RunConfig()
+        self._report = report or (lambda _: None)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self._log = MetricsLog(out)
+
+    def run(
+        self,
+        datasets: Sequence[str],
+        *,
+        teachers: Sequence[str] = ("gcn5-64",),
+        students: Sequence[str] = ("gcn3-32",),
+        splits: Sequence[int] = (1, 2, 3, 4, 5),
+        rows: Sequence[str] = ROWS,
+        variants: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
+        """Run every cell that is not in the file yet.
+
+        Args:
+            datasets: names in :data:`MEAN_NODES`.
+            teachers, students: architectures.
+            splits: seeds of the splits; also the seed of the teacher, the pool and the student.
+            rows: names in :data:`ROWS` or in `variants`.
+            variants: more rows of our own method: name -> dotted settings that differ from the defaults.
+
+        Raises:
+            InputError: an unknown data set, row, architecture or setting.
+        """
+        variants = {**VARIANTS, **(variants or {})}
+        known = {"majority class", *BASELINES, *variants}
+        for name in rows:
+            check(name in known, "rows", f"names among {', '.join(sorted(known))}", name)
+        for name in datasets:
+            check(name in MEAN_NODES, "datasets", f"names among {', '.join(MEAN_NODES)}", name)
+        for arch in (*teachers, *students):
+            parse_arch(arch)
+        changed = {name: self.config.with_settings(changes) for name, changes in variants.items() if name in rows}
+        done = {_key(cell) for cell in self._log.read()}
+        for dataset, arch, split in _product(datasets, teachers, splits):
+            wanted = [
+                (student, row)
+                for student in students
+                for row in rows
+                if (dataset, arch, split, student, row) not in done
+            ]
+            if not wanted:
+                continue
+            case = self._case(dataset, arch, split)
+            for student, row in wanted:
+                config = changed.get(row, self.config)
+                config = config.with_settings({"seed": split, "prior": case.prior.__dict__})
+                cell = self._cell(Task(case, student, config, split), row)
+                self._log.write(row, 0, cell)
+                self._report(_line(cell))
+
+    def _cell(self, task: Task, row: str) -> dict[str, Any]:
+        case = task.case
+        cell: dict[str, Any] = {
+            "dataset": case.dataset,
+            "teacher": case.arch,
+            "split": case.split,
+            "student": task.student,
+            "row": row,
+        }
+        start = time.perf_counter()
+        if row == "majority class":
+            assert case.train.y is not None and case.test.y is not None
+            answer = case.train.y.bincount().argmax()
+            return {**cell, "accuracy": float((case.test.y == answer).double().mean())}
+        facts: dict[str, Any] = {}
+        try:
+            if row in BASELINES:
+                model = BASELINES[row](task)
+            else:
+                model, facts = self._ours(task)
+        except Skipped as reason:
+            return {**cell, "skipped": str(reason)}
+        seconds = time.perf_counter() - start
+        answers = GraphBatch(case.test.x, case.test.edges, teacher_logits(case.teacher, case.test).argmax(1))
+        return {
+            **cell,
+            "accuracy": evaluate(model, case.test)["accuracy"],
+            "fidelity": evaluate(model, answers)["accuracy"],
+            "seconds": round(seconds, 2),
+            **facts,
+        }
+
+    def _ours(self, task: Task) -> tuple[nn.Module, dict[str, Any]]:
+        """Through a run folder, so that the table measures what users run."""
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            run = Run(Path(folder) / "run", task.case.teacher, task.config, student=task.student)
+            start = time.perf_counter()
+            graphs = run.make_graphs()
+            seconds = time.perf_counter() - start
+            model = run.teach("student", graphs, task.seed)
+            witness = [row for row in run.metrics.read() if row["stage"] == "pool"]
+        facts: dict[str, Any] = {"pool_seconds": round(seconds, 2)}
+        if witness:
+            facts |= {name: witness[-1][name] for name in ("k", "cross_entropy", "agreement")}
+        return model, facts
+
+    def _case(self, dataset: str, arch: str, split: int) -> Case:
+        data, train, test = self._graphs(dataset, split)
+        path = self.work / f"{dataset}-{arch}-{split}.safetensors"
+        if not path.exists():
+            model = train_classifier(arch, train, num_classes=data.num_classes, seed=split)
+            save_model(path, model, {"feature_kind": data.feature_kind, "dataset": dataset, "split_seed": split})
+        model = load_model(path)[0]
+        mean = MEAN_NODES[dataset]
+        prior = GraphPrior(max(mean // 2, 2), mean * 3 // 2, feature_kind=data.feature_kind)
+        return Case(dataset, arch, split, as_teacher(model), prior, train, test)
+
+    def _graphs(self, dataset: str, split: int) -> tuple[GraphDataset, GraphBatch, GraphBatch]:
+        if dataset == "house-or-cycle":
+            data = house_or_cycle(seed=split)
+            return data, *split_dataset(data, "stratified", split)
+        if self.data_root is None:
+            raise InputError(f"data-root: expected the folder that holds {dataset}, got none")
+        data = load_dataset(dataset, self.data_root)
+        if data.feature_kind == "degree":
+            seen = split_positions(data, "gfkd", split)[0]
+            data = load_dataset(dataset, self.data_root, degrees_from=seen)
+        return data, *split_dataset(data, "gfkd", split)
+
+
+def _key(cell: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(cell[name] for name in ("dataset", "teacher", "split", "student", "row"))
+
+
+def _product(datasets: Sequence[str], teachers: Sequence[str], splits: Sequence[int]) -> Iterator[tuple[str, str, int]]:
+    return ((dataset, arch, split) for dataset in datasets for arch in teachers for split in splits)
+
+
+def _line(cell: dict[str, Any]) -> str:
+    value = f"{100 * cell['accuracy']:.1f}" if "accuracy" in cell else f"skipped: {cell['skipped']}"
+    return f"{cell['dataset']}, {cell['teacher']} -> {cell['student']}, split {cell['split']}, {cell['row']}: {value}"
+
+
+def render(path: Path) -> str:
+    """The file of cells as Markdown: a table per teacher and student, mean and deviation over splits.
+
+    The last column is the share that a row closes of the gap between the floor (the better of majority class and
+    random graphs anew) and distillation on real graphs: the mean over data sets where that gap is above 2 points.
+    """
+    cells = [cell for cell in MetricsLog(path).read() if "accuracy" in cell]
+    pairs = sorted({(cell["teacher"], cell["student"]) for cell in cells})
+    return "\n\n".join(_render_pair(cells, teacher, student) for teacher, student in pairs)
+
+
+def _render_pair(cells: list[dict[str, Any]], teacher: str, student: str) -> str:
+    scores: dict[tuple[str, str], list[float]] = {}
+    for cell in cells:
+        if (cell["teacher"], cell["student"]) == (teacher, student):
+            scores.setdefault((cell["row"], cell["dataset"]), []).append(100 * cell["accuracy"])
+    datasets = [name for name in MEAN_NODES if any(key[1] == name for key in scores)]
+    names = list(dict.fromkeys([*ROWS, *(key[0] for key in scores)]))
+    rows = [name for name in names if any(key[0] == name for key in scores)]
+    lines = [
+        f"Teacher {teacher}, student {student}",
+        "",
+        f"| row | {' | '.join(datasets)} | gap closed |",
+        f"| --- |{' --- |' * (len(datasets) + 1)}",
+    ]
+    for row in rows:
+        values = [_entry(scores.get((row, dataset), [])) for dataset in datasets]
+        lines.append(f"| {row} | {' | '.join(values)} | {_gap_closed(scores, row, datasets)} |")
+    return "\n".join(lines)
+
+
+def _entry(values: list[float]) -> str:
+    if not values:
+        return "-"
+    deviation = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{deviation}"
+
+
+def _gap_closed(scores: dict[tuple[str, str], list[float]], row: str, datasets: list[str]) -> str:
+    """Mean over data sets of (row - floor) over (ceiling - floor), where the gap is above 2 points."""
+    shares = []
+    for dataset in datasets:
+        if not all((name, dataset) in scores for name in (*FLOOR, CEILING, row)):
+            continue
+        floor = max(statistics.fmean(scores[name, dataset]) for name in FLOOR)
+        gap = statistics.fmean(scores[CEILING, dataset]) - floor
+        if gap > 2.0:
+            shares.append((statistics.fmean(scores[row, dataset]) - floor) / gap)
+    return f"{100 * statistics.fmean(shares):.0f} %" if shares and row not in (*FLOOR, CEILING) else "-"
+
+
+def default_rows() -> tuple[str, ...]:
+    """The rows of a table without ablations."""
+    return ("majority class", *BASELINES, OURS)
