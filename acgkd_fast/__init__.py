@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .distill.student import distill_student as distill_student
     from .edges import FactorLogits as FactorLogits
     from .edges import arm_gradient as arm_gradient
+    from .edges import sample_dense_edges as sample_dense_edges
     from .edges import sample_edges as sample_edges
     from .errors import DataError as DataError
     from .errors import InputError as InputError
@@ -48,6 +49,7 @@ _HOMES = {
     "distill_student": ".distill.student",
     "FactorLogits": ".edges",
     "arm_gradient": ".edges",
+    "sample_dense_edges": ".edges",
     "sample_edges": ".edges",
     "DataError": ".errors",
     "InputError": ".errors",
