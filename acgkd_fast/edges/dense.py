@@ -90,7 +90,7 @@ def sample_dense_edges(
         theta = theta + _noise_matrix(graphs, nodes, rng, noise, symmetric == "none", self_loops, ids, theta.dtype)
     value = torch.sigmoid(theta / _temperature(temperature, logits.device).to(theta.dtype))
     if estimator == "straight_through":
-        value = _Harden.apply(value, theta > 0.0)  # type: ignore[no-untyped-call]
+        value = harden(value, theta > 0.0)
     elif estimator == "hard_concrete":
         value = (value * (zeta - gamma) + gamma).clamp(0.0, 1.0)
     return _masked(value, mask, self_loops).to(logits.dtype)
@@ -106,6 +106,12 @@ class _Harden(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grads[0], None
+
+
+def harden(soft: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """1.0 where `drawn`, else 0.0; the gradient goes to `soft` unchanged (straight through)."""
+    hard: torch.Tensor = _Harden.apply(soft, drawn)  # type: ignore[no-untyped-call]
+    return hard
 
 
 def _masked(value: torch.Tensor, mask: torch.Tensor | None, self_loops: bool) -> torch.Tensor:
