@@ -160,11 +160,15 @@ class EdgeSample:
         value = self.value[:size].detach()[keep]
         return EdgeSample(rowptr, self.col[:size][keep], value, self.ptr, self.symmetric, pair, self.layout)
 
-    def to(self, device: torch.device | str) -> EdgeSample:
+    def detach(self) -> EdgeSample:
+        """The same edges without a way back to the logits."""
+        return replace(self, value=self.value.detach(), port=None, draw=None)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> EdgeSample:
         """A copy on another device (differentiable through `value`)."""
 
         def move(tensor: torch.Tensor | None) -> Any:
-            return None if tensor is None else tensor.to(device)
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
 
         return EdgeSample(
             move(self.rowptr),
@@ -173,10 +177,10 @@ class EdgeSample:
             move(self.ptr),
             self.symmetric,
             move(self.pair),
-            None if self.layout is None else self.layout.to(device),
+            None if self.layout is None else self.layout.to(torch.empty(0, device=device).device),
             move(self.port),
             move(self.needed),
-            None if self.antithetic is None else self.antithetic.to(device),
+            None if self.antithetic is None else self.antithetic.to(device, non_blocking),
             move(self.rng),
         )
 

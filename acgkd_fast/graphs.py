@@ -59,9 +59,21 @@ class GraphBatch:
         """int64 [N], the graph of each node."""
         return graph_of_node(self.ptr, self.num_nodes)
 
-    def to(self, device: torch.device | str) -> GraphBatch:
-        y = None if self.y is None else self.y.to(device)
-        return GraphBatch(self.x.to(device), self.edges.to(device), y)
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> GraphBatch:
+        """A copy on another device."""
+        y = None if self.y is None else self.y.to(device, non_blocking=non_blocking)
+        return GraphBatch(self.x.to(device, non_blocking=non_blocking), self.edges.to(device, non_blocking), y)
+
+    def cuda(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> GraphBatch:
+        """As ``tensor.cuda``, for loops that move what a sampler hands them."""
+        return self.to("cuda" if device is None else device, non_blocking)
+
+    def cpu(self) -> GraphBatch:
+        return self.to("cpu")
+
+    def detach(self) -> GraphBatch:
+        """The same graphs without gradients: neither for features nor for edges, absent candidates included."""
+        return GraphBatch(self.x.detach(), self.edges.detach(), self.y)
 
     def select(self, graphs: torch.Tensor | Sequence[int]) -> GraphBatch:
         """Some of the graphs, in the order given; repeats are allowed.
@@ -201,6 +213,28 @@ class GraphBatch:
         # Entries that want gradients are not tied to their mirror image, whatever their values.
         symmetric = not adjacency.requires_grad and torch.equal(adjacency, adjacency.transpose(1, 2))
         return cls(x[mask], EdgeSample.from_edge_index(edge_index, ptr, weight, symmetric=symmetric), y)
+
+    def to_dgl(self) -> Any:
+        """A batched DGLGraph: node data "attr", edge data "weight", both differentiable.
+
+        Labels stay here (``.y``); DGL keeps none per graph.
+
+        Raises:
+            InputError: DGL cannot be imported.
+        """
+        try:
+            import dgl
+        except (ImportError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"to_dgl: expected DGL to be installed, got none ({reason})") from error
+        edge_index, weight = self.to_edge_index()
+        graph = dgl.graph((edge_index[0], edge_index[1]), num_nodes=self.num_nodes)
+        graph.set_batch_num_nodes(self.sizes)
+        first = self.edges.rowptr.long()[self.ptr]
+        graph.set_batch_num_edges(first[1:] - first[:-1])
+        graph.ndata["attr"] = self.x
+        graph.edata["weight"] = weight
+        return graph
 
     def to_edge_index(self) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`EdgeSample.to_edge_index`."""

@@ -346,3 +346,19 @@ def test_agrees_with_networkx():
     edges = af.EdgeSample.from_edge_index(torch.cat([pairs, pairs.flip(0)], dim=1), torch.tensor([0, 34]))
     assert edges.symmetric
     assert np.array_equal(dense(edges).numpy(), networkx.to_numpy_array(graph, weight=None))
+
+
+def test_detached_graphs_lead_nowhere():
+    layout = af.PairLayout.complete([4, 3])
+    logits = torch.zeros(layout.num_pairs, requires_grad=True)
+    x = torch.ones(7, 2, requires_grad=True)
+    graphs = af.GraphBatch(x, af.sample_edges(logits, layout, seed=0), torch.tensor([0, 1]))
+    alone = graphs.detach()
+    assert graphs.edges.value.requires_grad and graphs.edges.port is not None
+    assert not alone.x.requires_grad and not alone.edges.value.requires_grad and alone.edges.port is None
+    assert torch.equal(alone.edges.to_dense()[0], graphs.edges.to_dense()[0]) and torch.equal(alone.y, graphs.y)
+    # Selecting is refused while gradients of absent candidates are open, and allowed afterwards.
+    assert alone.select([1]).num_nodes == 3
+    moved = graphs.to("cpu", non_blocking=True)
+    (grad,) = torch.autograd.grad(moved.edges.value.sum(), logits)
+    assert grad.any()
