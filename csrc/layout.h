@@ -70,4 +70,17 @@ ACGKD_SHARED NodePair pair_nodes(int64_t local, int64_t num_nodes, int64_t kind)
   return {low, high};
 }
 
+// Number in the whole batch of the undirected pair of two nodes of a graph; -1 where the layout has none.
+ACGKD_SHARED int64_t pair_number(int64_t one, int64_t two, const GraphLayout& graph, int64_t kind) {
+  const int64_t low = one < two ? one : two, high = one < two ? two : one;
+  if (low == high) return -1;
+  if (!(kind & kBudget)) return graph.first_pair + triangle(high) + low;
+  // At distance n / 2 both directions name the pair; the lower node starts it.
+  const int64_t ahead = high - low, around = graph.num_nodes - ahead;
+  const bool forward = ahead <= around;
+  const int64_t distance = forward ? ahead : around;
+  if (distance > graph.band) return -1;
+  return graph.first_pair + (distance - 1) * graph.num_nodes + (forward ? low : high);
+}
+
 }  // namespace acgkd

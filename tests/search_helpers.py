@@ -8,7 +8,7 @@ import torch
 from helpers import dense
 
 from acgkd_fast import EdgeSample, GraphBatch, gin_propagate, readout
-from acgkd_fast.distill.moves import EdgeLists, unpack
+from acgkd_fast.distill.edge_lists import EdgeLists, unpack
 from acgkd_fast.distill.starts import balanced_labels, random_features, random_graphs, random_trees
 from acgkd_fast.nn.models import GraphClassifier, build_model
 from acgkd_fast.teachers import Teacher, as_teacher

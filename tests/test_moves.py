@@ -13,18 +13,10 @@ from hypothesis import strategies as st
 from search_helpers import assert_simple, edge_sets, listed, make_graphs, make_teacher
 
 from acgkd_fast import InputError, PairLayout
+from acgkd_fast.distill.edge_lists import EdgeLists, pack
 from acgkd_fast.distill.energy import Energy
-from acgkd_fast.distill.moves import (
-    EdgeLists,
-    EdgeProposals,
-    Lane,
-    Move,
-    MoveMix,
-    log_proposal_ratio,
-    pack,
-    proposal_uniforms,
-    propose,
-)
+from acgkd_fast.distill.moves import Lane, Move, MoveMix, log_proposal_ratio, proposal_uniforms, propose
+from acgkd_fast.distill.proposal_weights import EdgeProposals
 from acgkd_fast.distill.starts import random_graphs
 from acgkd_fast.distill.statistics import RunningGaussians, gaussian_divergence, graph_moment_sums
 
@@ -111,7 +103,7 @@ def test_proposal_uniforms_come_from_the_documented_words():
     for s in range(2):
         for g, graph in enumerate((3, 2**32 - 1)):
             words = philox_words((0, graph, 40 + s, 3), 2**63) + philox_words((1, graph, 40 + s, 3), 2**63)
-            assert drawn[s, g].tolist() == [((word >> 9) + 0.5) / 2**23 for word in words[: len(Lane)]]
+            assert drawn[s, g].tolist() == [((word >> 9) + 0.5) / 2**23 for word in words]
 
 
 def transition_chances(n: int, mix: MoveMix, weights: EdgeProposals | None) -> tuple[dict, dict]:
@@ -119,7 +111,8 @@ def transition_chances(n: int, mix: MoveMix, weights: EdgeProposals | None) -> t
     every = [(low, high) for high in range(n) for low in range(high)]
     grid = (torch.arange(24) + 0.5) / 24
     half = torch.tensor([0.5])
-    u = torch.cartesian_prod(half, (torch.arange(4) + 0.5) / 4, grid, grid, torch.tensor([0.25, 0.75]), half).double()
+    kind, end = (torch.arange(4) + 0.5) / 4, torch.tensor([0.25, 0.75])
+    u = torch.cartesian_prod(half, kind, grid, grid, end, half, end if mix.two_hop else half, half).double()
     sizes, graphs = torch.full((len(u),), n), torch.zeros(len(u), dtype=torch.int64)
     chances, ratios = {}, {}
     for chosen in [*itertools.combinations(every, 2), *itertools.combinations(every, 3)]:
@@ -127,7 +120,7 @@ def transition_chances(n: int, mix: MoveMix, weights: EdgeProposals | None) -> t
         lists = EdgeLists(packed.expand(len(u), -1).contiguous(), torch.full((len(u),), len(chosen)))
         lists.reserve(1)
         edits = propose(lists, sizes, u, mix, 1, weights=weights, graphs=graphs)
-        ratio = log_proposal_ratio(edits, lists.counts, sizes, weights, graphs)[edits.valid]
+        ratio = log_proposal_ratio(edits, lists, sizes, mix, weights, graphs)[edits.valid]
         here, there = int(edge_sets(lists)[0]), edge_sets(lists.edited(edits))[edits.valid]
         for target in there.unique().tolist():
             chances[here, target] = float((there == target).double().mean() * edits.valid.double().mean())

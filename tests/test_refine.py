@@ -10,7 +10,7 @@ from search_helpers import SIZES, WIDTH, assert_simple, edge_sets, make_graphs, 
 from acgkd_fast import EdgeSample, GraphBatch, InputError, PairLayout
 from acgkd_fast._library import backend
 from acgkd_fast.distill import native_refiner
-from acgkd_fast.distill.moves import EdgeLists
+from acgkd_fast.distill.edge_lists import EdgeLists
 from acgkd_fast.distill.refine import Refiner, RefineSettings, refine
 from acgkd_fast.distill.statistics import BatchNormProbe, gaussian_divergence, graph_moment_sums
 from acgkd_fast.files import load_state, save_state

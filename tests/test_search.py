@@ -13,7 +13,8 @@ from search_helpers import SIZES, WIDTH, GraphNormTeacher, PlainTeacher, assert_
 
 from acgkd_fast import EdgeSample, GraphBatch, InputError, _library
 from acgkd_fast.distill.energy import Energy, GraphScores
-from acgkd_fast.distill.moves import EdgeLists, MoveMix
+from acgkd_fast.distill.edge_lists import EdgeLists
+from acgkd_fast.distill.moves import MoveMix
 from acgkd_fast.distill.refine import Refiner, RefineSettings, refine
 from acgkd_fast.distill.statistics import BatchNormProbe
 from acgkd_fast.nn.models import build_model

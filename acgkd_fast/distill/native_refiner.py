@@ -27,8 +27,8 @@ def choose_native(refiner: Refiner) -> PackedTeacher | None:
     settings = refiner.settings
     if settings.engine != "generic":
         reason = why_unsupported(refiner.teacher, refiner._x)
-        if refiner._weights is not None:
-            reason = "edge_weights are given"
+        if refiner._constraint is not None:
+            reason = "a constraint is given, a Python function that compiled code cannot call"
         if reason is None:
             assert isinstance(refiner.teacher.module, GraphClassifier)
             return pack_teacher(refiner.teacher.module)
@@ -69,6 +69,9 @@ def advance_native(refiner: Refiner, packed: PackedTeacher, steps: int) -> None:
         temperature=settings.temperature,
         stop_k=settings.stop_k,
         min_steps=settings.min_steps,
+        proposals=settings.proposals,
+        limits=refiner._limits,
+        weights=refiner._weights,
     )
     refiner._lists, refiner._scores, refiner._total = state.lists, state.scores, state.total
     refiner._excess = state.level[0]

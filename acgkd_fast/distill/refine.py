@@ -12,9 +12,10 @@ from ..errors import check
 from ..graphs import GraphBatch
 from ..layout import PairLayout
 from ..teachers import Teacher
-from .refiner import Refiner, RefineResult, RefineSettings
+from .refine_settings import RefineResult, RefineSettings
+from .refiner import Constraint, Refiner
 
-__all__ = ["RefineResult", "RefineSettings", "Refiner", "refine"]
+__all__ = ["Constraint", "RefineResult", "RefineSettings", "Refiner", "refine"]
 
 Progress = Callable[[int, dict[str, float]], None]
 
@@ -35,9 +36,15 @@ def refine(
     min_steps: int = 500,
     engine: str = "auto",
     interval: int = 1,
+    two_hop: float = 0.0,
+    keep_degrees: bool = False,
+    connected: bool = False,
+    max_degree: int | None = None,
+    proposals: int = 1,
     seed: int = 0,
     feature_kind: str | None = None,
     edge_weights: tuple[PairLayout, torch.Tensor] | None = None,
+    constraint: Constraint | None = None,
     graph_ids: Sequence[int] | None = None,
     progress: Progress | None = None,
     report_every: int = 50,
@@ -53,9 +60,9 @@ def refine(
             ``starts.random_trees``) with features x [N, F] and labels y, the classes equally often. Their sizes and
             labels stay, their features only where they are labels.
         teacher: a Teacher or any module that `as_teacher` accepts; stays frozen.
-        steps, lam_k, w_ce, cap, share, relabel, rewire, temperature, stop_k, min_steps, engine, interval: see
-            :class:`RefineSettings`.
-        seed, feature_kind, edge_weights, graph_ids: see :class:`Refiner`.
+        steps, lam_k, w_ce, cap, share, relabel, rewire, temperature, stop_k, min_steps, engine, interval, two_hop,
+        keep_degrees, connected, max_degree, proposals: see :class:`RefineSettings`.
+        seed, feature_kind, edge_weights, constraint, graph_ids: see :class:`Refiner`.
         progress: called with (step, metrics) every `report_every` steps and after the last.
         report_every: how often.
 
@@ -85,6 +92,11 @@ def refine(
         min_steps=min_steps,
         engine=engine,
         interval=interval,
+        two_hop=two_hop,
+        keep_degrees=keep_degrees,
+        connected=connected,
+        max_degree=max_degree,
+        proposals=proposals,
     )
     refiner = Refiner(
         teacher,
@@ -93,6 +105,7 @@ def refine(
         seed=seed,
         feature_kind=feature_kind,
         edge_weights=edge_weights,
+        constraint=constraint,
         graph_ids=graph_ids,
     )
     while not refiner.finished:

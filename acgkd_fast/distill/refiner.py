@@ -7,106 +7,34 @@ keeps what lowers the energy (``energy.py``). The scores of all other graphs are
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import InputError, check, check_choice, is_number
+from ..errors import InputError, check, check_choice, check_tensor
 from ..graphs import GraphBatch, _concatenated_ranges
 from ..layout import PairLayout
 from ..pseudo_graphs import FEATURE_KINDS
 from ..teachers import Teacher, as_teacher
+from .edge_lists import EdgeLists
 from .energy import Energy, GraphScores
-from .moves import EdgeLists, EdgeProposals, Edits, Lane, MoveMix, log_proposal_ratio, proposal_uniforms, propose
+from .moves import LANES, Edits, Lane, best_candidates, log_proposal_ratio, proposal_uniforms, propose
 from .native_refiner import advance_native, choose_native
+from .proposal_weights import EdgeProposals
+from .refine_settings import RefineResult, RefineSettings
 from .statistics import BatchNormProbe
+
+# Which of some edited graphs are allowed, bool [S].
+Constraint = Callable[[GraphBatch], torch.Tensor]
 
 # Above this K the prototype's pools taught their students little or nothing.
 K_WARNING = 0.05
 # Drawing for many steps at once spreads the hundreds of small tensor operations of the random stream.
 _COUNTERS_AT_ONCE = 2**14
 _STEPS_AT_ONCE = 64
-ENGINES = ("auto", "native", "generic")
-
-
-@dataclass(frozen=True)
-class RefineSettings:
-    """Settings of the search.
-
-    Attributes:
-        steps: at most this many, each with one forward pass over the chosen graphs.
-        lam_k: weight of K.
-        w_ce: weight of the cross-entropy term.
-        cap: cross-entropy of a graph below which nothing more is gained.
-        share: share of the graphs edited in a step, in (0, 1]; at least one is.
-        relabel: share of the moves that relabel a node, where features are labels.
-        rewire: share of the edge moves that move an edge's end; the others add and delete equally often.
-        temperature: 0 is greedy, above it Metropolis, in nats of one graph (see :class:`Refiner`).
-        stop_k: end once K is below this; None runs all steps.
-        min_steps: steps before which `stop_k` does not count.
-        engine: "native" for the compiled search (see ``docs/search.md``), "generic" for forward passes of the whole
-            teacher, "auto" for the native one where it supports teacher, features and device.
-        interval: steps that share one linearisation of K; above 1 native only. Saves little time and costs energy, see
-            ``docs/search.md``.
-    """
-
-    steps: int = 2000
-    lam_k: float = 3.0
-    w_ce: float = 1.0
-    cap: float = 0.1
-    share: float = 0.3
-    relabel: float = 0.6
-    rewire: float = 0.9
-    temperature: float = 0.0
-    stop_k: float | None = None
-    min_steps: int = 500
-    engine: str = "auto"
-    interval: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "min_steps"):
-            value = getattr(self, name)
-            check(isinstance(value, int) and value >= 0, name, "an integer, 0 or more", value)
-        check_choice("engine", self.engine, ENGINES)
-        whole = isinstance(self.interval, int) and self.interval >= 1
-        check(whole, "interval", "1 step or more", self.interval)
-        for name in ("lam_k", "w_ce", "cap", "temperature"):
-            value = getattr(self, name)
-            check(is_number(value) and 0.0 <= value < float("inf"), name, "a finite number, 0 or more", value)
-        for name in ("relabel", "rewire"):
-            value = getattr(self, name)
-            check(is_number(value) and 0.0 <= value <= 1.0, name, "a share in [0, 1]", value)
-        check(is_number(self.share) and 0.0 < self.share <= 1.0, "share", "a number in (0, 1]", self.share)
-        stop = self.stop_k
-        check(stop is None or (is_number(stop) and stop > 0.0), "stop_k", "None or a number above 0", stop)
-
-
-@dataclass(eq=False)
-class RefineResult:
-    """Refined graphs, and how convincing the teacher finds them (measured on them, from scratch).
-
-    Attributes:
-        graphs: the graphs of lowest energy seen, labels as given.
-        energy: float64 [steps + 1], energy of the pool before the first and after every step.
-        k: divergence K of the pool, None where the teacher has no BatchNorm.
-        cross_entropy: mean over the graphs.
-        agreement: share of the graphs to which the teacher gives their label.
-        steps: steps taken.
-        accepted: edits kept.
-        warning: what speaks against using the pool, or None.
-    """
-
-    graphs: GraphBatch
-    energy: torch.Tensor
-    k: float | None
-    cross_entropy: float
-    agreement: float
-    steps: int
-    accepted: int
-    warning: str | None
 
 
 class Refiner:
@@ -130,7 +58,9 @@ class Refiner:
             "constant" for features to be left alone. Default: what the teacher says, else whether every row
             is one-hot.
         edge_weights: (layout, logits): ends of new and moved edges are drawn in proportion to
-            sigmoid(logit); pairs without a logit are never proposed. Default: uniformly.
+            sigmoid(logit); pairs without a logit are never proposed. Default: uniformly. Not with `keep_degrees`.
+        constraint: says which edited graphs are allowed, such as those that keep to valences: called in every step with
+            a GraphBatch of the S edited graphs, in an order of no meaning; returns bool [S]. Generic engine only.
         graph_ids: distinct ids that address the proposals; default 0..B-1.
 
     Attributes:
@@ -139,8 +69,8 @@ class Refiner:
 
     Raises:
         InputError: graphs that are not simple, labels or features that do not fit the teacher, a teacher
-            that answers with NaN or infinity, a BatchNorm layer that sees neither nodes nor graphs, or engine
-            "native" or an interval for a search that only the generic engine supports.
+            that answers with NaN or infinity, a BatchNorm layer that sees neither nodes nor graphs, a constraint that
+            returns something else, or engine "native" or an interval for a search that needs the generic engine.
     """
 
     # Steps between two looks at `stop_k` and at the lowest energy of a Metropolis chain.
@@ -155,6 +85,7 @@ class Refiner:
         seed: int = 0,
         feature_kind: str | None = None,
         edge_weights: tuple[PairLayout, torch.Tensor] | None = None,
+        constraint: Constraint | None = None,
         graph_ids: Sequence[int] | None = None,
     ) -> None:
         some = isinstance(graphs, GraphBatch) and graphs.num_graphs > 0
@@ -171,7 +102,11 @@ class Refiner:
         labelled = _features_are_labels(self._x, feature_kind or self.teacher.feature_kind)
         self._num_labels = self._x.shape[1] if labelled else 0
         self._label_rows = torch.eye(self._x.shape[1], dtype=self._x.dtype, device=self._x.device)
-        self._mix = MoveMix(settings.relabel if self._num_labels > 1 else 0.0, settings.rewire)
+        self._mix, self._limits = settings.mix(self._num_labels), settings.limits()
+        check(constraint is None or callable(constraint), "constraint", "a function of a GraphBatch", constraint)
+        self._constraint = constraint
+        given = edge_weights is not None
+        check(not (given and settings.keep_degrees), "edge_weights", "none with keep_degrees", edge_weights)
         self._weights = None if edge_weights is None else EdgeProposals.from_logits(*edge_weights, self._ptr)
         self._edited = max(1, round(settings.share * graphs.num_graphs))
         self._draws, self._first_draw = torch.empty(0), 0
@@ -239,31 +174,43 @@ class Refiner:
 
     def _uniforms(self) -> torch.Tensor:
         if not self._first_draw <= self.step < self._first_draw + self._draws.shape[0]:
-            ahead = min(_STEPS_AT_ONCE, max(1, _COUNTERS_AT_ONCE // (2 * self._ids.numel())))
-            self._draws, self._first_draw = proposal_uniforms(self._ids, self.step, ahead, self.seed), self.step
+            several = self.settings.proposals
+            ahead = min(_STEPS_AT_ONCE, max(1, _COUNTERS_AT_ONCE // (2 * several * self._ids.numel())))
+            self._draws = proposal_uniforms(self._ids, self.step, ahead, self.seed, several)
+            self._first_draw = self.step
             self._lists.reserve(ahead)
         return self._draws[self.step - self._first_draw]
 
     def _advance(self, probe: BatchNormProbe) -> None:
-        u = self._uniforms()
+        u, several = self._uniforms(), self.settings.proposals
         graphs = u[:, Lane.CHOICE].argsort(stable=True)[: self._edited].sort()[0]
-        u, sizes, before = u[graphs], self._sizes[graphs], self._lists.select(graphs)
-        edits = propose(before, sizes, u, self._mix, self._num_labels, weights=self._weights, graphs=graphs)
+        tried = graphs.repeat_interleave(several)
+        u, sizes, before = u[graphs].view(-1, LANES), self._sizes[tried], self._lists.select(tried)
+        edits = propose(
+            before, sizes, u, self._mix, self._num_labels, limits=self._limits, weights=self._weights, graphs=tried
+        )
 
-        nodes, ptr = _concatenated_ranges(self._ptr, graphs)
+        nodes, ptr = _concatenated_ranges(self._ptr, tried)
         x, row = self._x[nodes], ptr[:-1] + edits.node
         old_rows = new_rows = x[row]
         if self._num_labels > 1:
             new_rows = self._label_rows[(old_rows.argmax(1) + edits.shift) % self._num_labels]
             x[row] = new_rows
-        edges = before.edited(edits).to_edges(ptr, x.shape[0])
-        old = self._scores.select(graphs)
-        new = GraphScores.of(self.teacher, probe, GraphBatch(x, edges, self._y[graphs]))
+        edited = GraphBatch(x, before.edited(edits).to_edges(ptr, x.shape[0]), self._y[tried])
+        edits.valid &= self._permitted(edited)
+        old = self._scores.select(tried)
+        new = GraphScores.of(self.teacher, probe, edited)
 
         # A graph on which the teacher answers NaN compares as not lower.
         change = new.sums - old.sums
         excess = self._energy.excess(new.loss) - self._energy.excess(old.loss)
         delta = self._energy.first_order(self._total, change, excess)
+        if several > 1:
+            best = best_candidates(delta, edits.valid, several)
+            before, edits, old, new = before.select(best), edits.select(best), old.select(best), new.select(best)
+            old_rows, new_rows, row, delta, change, excess = (
+                part[best] for part in (old_rows, new_rows, row, delta, change, excess)
+            )
         keep = edits.valid & (delta < self._allowed(u, edits, before, sizes, graphs))
         keep = self._settle(keep, delta, change, excess)
 
@@ -274,6 +221,14 @@ class Refiner:
         self.accepted += int(keep.sum())
         self.step += 1
         self._remember_best(self.step - 1)
+
+    def _permitted(self, edited: GraphBatch) -> torch.Tensor | bool:
+        """What the user's constraint says of some edited graphs."""
+        if self._constraint is None:
+            return True
+        answer = self._constraint(edited)
+        check_tensor("constraint", answer, shape=(edited.num_graphs,), dtypes=(torch.bool,), device=self._x.device)
+        return answer
 
     def _remember_best(self, before: int) -> None:
         look = self.settings.temperature > 0.0 and self.step // self.CHECK_EVERY > before // self.CHECK_EVERY
@@ -286,7 +241,7 @@ class Refiner:
         """The change of the energy below which an edit passes."""
         if self.settings.temperature == 0.0:
             return 0.0
-        ratio = log_proposal_ratio(edits, before.counts, sizes, self._weights, graphs)
+        ratio = log_proposal_ratio(edits, before, sizes, self._mix, self._weights, graphs)
         return (ratio - u[:, Lane.ACCEPT].log()) * (self.settings.temperature / self._y.numel())
 
     def _settle(

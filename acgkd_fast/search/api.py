@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from .._library import backend
+from ..distill.edge_lists import EdgeLists
 from ..distill.energy import Energy, GraphScores
-from ..distill.moves import EdgeLists, MoveMix
+from ..distill.moves import Limits, MoveMix
+from ..distill.proposal_weights import EdgeProposals
 from ..errors import InputError, check
 from ..philox import check_word
 from ..teachers import Teacher
@@ -70,6 +72,9 @@ def search_steps(
     temperature: float = 0.0,
     stop_k: float | None = None,
     min_steps: int = 0,
+    proposals: int = 1,
+    limits: Limits | None = None,
+    weights: EdgeProposals | None = None,
 ) -> tuple[SearchState, torch.Tensor, int, int]:
     """Take many steps of the search; see :class:`acgkd_fast.distill.refine.Refiner` for what a step is.
 
@@ -90,10 +95,12 @@ def search_steps(
         seed, first_step: of the random stream.
         steps: at most this many.
         edited: graphs edited in a step.
-        mix: how often each move is tried.
+        mix: how edits are drawn.
         num_labels: node labels, 0 or 1 where features stay.
         interval: steps of a round.
-        temperature, stop_k, min_steps: as in RefineSettings.
+        temperature, stop_k, min_steps, proposals: as in RefineSettings.
+        limits: which edits are allowed; default all.
+        weights: distribution of new edges, over the same graphs; default uniform.
 
     Returns:
         (state, trace, taken, accepted): trace float64 [taken], the energy after every step; inside a round that of its
@@ -103,12 +110,17 @@ def search_steps(
         None.
 
     Raises:
-        InputError: seed, steps, interval or edited out of range, or an energy without running statistics.
+        InputError: seed, steps, interval, edited or proposals out of range, options that exclude one another, or an
+            energy without running statistics.
     """
     check_word("seed", seed, -(2**63), 2**64)
     check(steps >= 0, "steps", "0 or more", steps)
     check(interval >= 1, "interval", "1 step or more", interval)
     check(1 <= edited <= y.numel(), "edited", f"1..{y.numel()} graphs", edited)
+    check(proposals >= 1, "proposals", "1 candidate or more", proposals)
+    check(proposals == 1 or temperature == 0.0, "proposals", "1 with a temperature above 0", proposals)
+    check(weights is None or not mix.keep_degrees, "weights", "none with keep_degrees", weights)
+    limits = limits or Limits()
     running = energy.running
     if running is None:
         raise InputError("energy: expected running statistics, got none")
@@ -146,6 +158,15 @@ def search_steps(
         temperature,
         0.0 if stop_k is None else stop_k,
         min_steps,
+        proposals,
+        mix.two_hop,
+        mix.keep_degrees,
+        limits.connected,
+        limits.max_degree,
+        None if weights is None else weights.weight,
+        None if weights is None else weights.cumulative,
+        None if weights is None else weights.layout.table,
+        0 if weights is None else weights.layout.kind,
     )
     pairs, counts, label, sums, loss, hit, total, level, trace, progress = result
     taken, accepted = progress.tolist()

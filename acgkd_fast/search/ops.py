@@ -33,7 +33,8 @@ SEARCH_STEPS = define(
     "Tensor level, Tensor x, Tensor y, Tensor ptr, Tensor ids, Tensor parameters, Tensor running, Tensor rng, "
     "bool gin, int depth, int width, int classes, int readout, int steps, int interval, int edited, "
     "int num_labels, float below_relabel, float below_rewire, float below_add, float lam_k, float w_ce, float cap, "
-    "float temperature, float stop_k, int min_steps) -> "
+    "float temperature, float stop_k, int min_steps, int proposals, float two_hop, bool keep_degrees, bool connected, "
+    "int max_degree, Tensor? weight, Tensor? cumulative, Tensor? table, int kind) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.search_steps,
     _fake,

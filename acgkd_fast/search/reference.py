@@ -8,11 +8,23 @@ from dataclasses import dataclass
 
 import torch
 
+from ..distill.edge_lists import EdgeLists
 from ..distill.energy import Energy, GraphScores
-from ..distill.moves import EdgeLists, Lane, MoveMix, log_proposal_ratio, proposal_uniforms, propose
+from ..distill.moves import (
+    LANES,
+    Lane,
+    Limits,
+    MoveMix,
+    best_candidates,
+    log_proposal_ratio,
+    proposal_uniforms,
+    propose,
+)
+from ..distill.proposal_weights import EdgeProposals
 from ..distill.statistics import RunningGaussians, graph_moment_sums
 from ..edge_sample import EdgeSample
 from ..graphs import _concatenated_ranges
+from ..layout import PairLayout
 from ..propagate import gcn_propagate, gin_propagate, readout
 from .packing import PackedTeacher
 
@@ -60,7 +72,7 @@ def _reader(parameters: torch.Tensor) -> Callable[..., torch.Tensor]:
 
 @dataclass(frozen=True)
 class _Thresholds(MoveMix):
-    add: float
+    add: float = 0.0
 
     def thresholds(self) -> tuple[float, float, float]:
         return self.relabel, self.rewire, self.add
@@ -100,24 +112,37 @@ def search_steps(
     temperature: float,
     stop_k: float,
     min_steps: int,
+    proposals: int,
+    two_hop: float,
+    keep_degrees: bool,
+    connected: bool,
+    max_degree: int,
+    weight: torch.Tensor | None,
+    cumulative: torch.Tensor | None,
+    table: torch.Tensor | None,
+    kind: int,
 ) -> tuple[torch.Tensor, ...]:
     """See :func:`acgkd_fast.search.search_steps`; rounds of `interval` steps share one slope of K."""
     packed = PackedTeacher(parameters, gin, depth, x.shape[1], width, classes, readout_mode)
     rows = torch.full((packed.channels,), float(x.shape[0]), dtype=torch.float64, device=x.device)
     energy = Energy(lam_k, w_ce, cap, y.numel(), rows, RunningGaussians(*running.unbind()))
-    mix = _Thresholds(below_relabel, below_rewire, below_add)
+    mix = _Thresholds(below_relabel, below_rewire, two_hop, keep_degrees, below_add)
+    limits, weights = Limits(connected, max_degree), None
+    if weight is not None and cumulative is not None and table is not None:
+        weights = EdgeProposals(PairLayout.from_table(table, kind), weight, cumulative)
     lists, label = EdgeLists(pairs.clone(), counts.clone()), label.clone()
     scores = GraphScores(sums.clone(), loss.clone(), hit.clone())
     sizes, labelled = ptr[1:] - ptr[:-1], num_labels > 1
     seed, first = rng.tolist()
-    u = proposal_uniforms(ids, first, steps, seed)
+    u = proposal_uniforms(ids, first, steps, seed, proposals)
     trace = torch.full((steps,), torch.nan, dtype=torch.float64, device=x.device)
     excess, value = level.unbind()
     step, accepted = first, 0
 
-    def scored(graphs: torch.Tensor, trial: EdgeLists, labels: torch.Tensor) -> GraphScores:
+    def scored(graphs: torch.Tensor, trial: EdgeLists, node: torch.Tensor, new_label: torch.Tensor) -> GraphScores:
         nodes, graph_ptr = _concatenated_ranges(ptr, graphs)
-        features = torch.nn.functional.one_hot(labels[nodes], num_labels).to(x.dtype) if labelled else x[nodes]
+        labels = label[nodes].index_put((graph_ptr[:-1] + node - ptr[:-1][graphs],), new_label)
+        features = torch.nn.functional.one_hot(labels, num_labels).to(x.dtype) if labelled else x[nodes]
         logits, norms = forward(packed, features, trial.to_edges(graph_ptr, nodes.numel()))
         losses = torch.nn.functional.cross_entropy(logits, y[graphs], reduction="none").double()
         return GraphScores(graph_moment_sums(norms, graph_ptr, nodes.numel()), losses, logits.argmax(1) == y[graphs])
@@ -130,17 +155,21 @@ def search_steps(
         delta, passed = torch.zeros_like(loss), torch.zeros_like(counts)
         for number in range(step - first, stop - first):
             graphs = u[number, :, Lane.CHOICE].argsort(stable=True)[:edited].sort()[0]
-            draws, before = u[number, graphs], lists.select(graphs)
-            edits = propose(before, sizes[graphs], draws, mix, num_labels)
-            node = ptr[:-1][graphs] + edits.node
+            tried = graphs.repeat_interleave(proposals)
+            draws, before = u[number, graphs].view(-1, LANES), lists.select(tried)
+            edits = propose(before, sizes[tried], draws, mix, num_labels, limits=limits, weights=weights, graphs=tried)
+            node = ptr[:-1][tried] + edits.node
             new_label = (label[node] + edits.shift) % max(num_labels, 1)
-            new = scored(graphs, before.edited(edits), label.index_put((node,), new_label))
-            old = scores.select(graphs)
+            new = scored(tried, before.edited(edits), node, new_label)
+            old = scores.select(tried)
             gain = energy.first_order(total, new.sums - old.sums, energy.excess(new.loss) - energy.excess(old.loss))
+            best = best_candidates(gain, edits.valid, proposals)
+            before, edits, old, new = before.select(best), edits.select(best), old.select(best), new.select(best)
+            node, new_label, gain = node[best], new_label[best], gain[best]
             allowed = torch.zeros_like(gain)
             if temperature > 0.0:
-                ratio = log_proposal_ratio(edits, before.counts, sizes[graphs])
-                allowed = (ratio - draws[:, Lane.ACCEPT].log()) * (temperature / y.numel())
+                ratio = log_proposal_ratio(edits, before, sizes[graphs], mix, weights, graphs)
+                allowed = (ratio - draws[::proposals, Lane.ACCEPT].log()) * (temperature / y.numel())
             keep = edits.valid & (gain < allowed)
             scores.put(graphs, new.where(keep, old))
             lists.put(graphs, before, edits, keep)

@@ -9,7 +9,8 @@
 namespace acgkd {
 
 Workspace::Workspace(const Network& network, int64_t max_nodes)
-    : weights(max_nodes),
+    : proposal(max_nodes),
+      weights(max_nodes),
       inputs(max_nodes),
       outputs(max_nodes),
       neighbours(max_nodes),
@@ -51,44 +52,32 @@ void SearchGraph::link(Edge edge, bool present) {
   }
 }
 
-Edit SearchGraph::propose(const MoveMix& mix, const double* uniforms) const {
-  const auto index = [](double u, int64_t n) { return static_cast<int64_t>(u * static_cast<double>(n)); };
-  const int64_t count = static_cast<int64_t>(edges_.size());
-  const double kind = uniforms[kKind], first = uniforms[kFirst], second = uniforms[kSecond];
-  Edit edit;
-  edit.kind = static_cast<Move>((kind >= mix.below_relabel) + (kind >= mix.below_rewire) + (kind >= mix.below_add));
-  if (edit.kind == Move::kRelabel) {
-    edit.valid = mix.num_labels > 1;
-    if (!edit.valid) return edit;
-    edit.node = index(first, nodes_);
-    edit.label_before = label_[edit.node];
-    edit.label_after = (edit.label_before + 1 + index(second, mix.num_labels - 1)) % mix.num_labels;
-    return edit;
-  }
-  int64_t one, two;
-  if (edit.kind == Move::kAdd) {
-    if (nodes_ < 2) return edit;
-    one = index(first, nodes_);
-    two = index(second, nodes_ - 1);
-    two += two >= one;
-    edit.slot = count;
-  } else {
-    if (count == 0) return edit;
-    edit.slot = index(first, count);
-    edit.old = edges_[edit.slot];
-    if (edit.kind == Move::kDelete) {
-      edit.valid = true;
-      return edit;
+bool SearchGraph::connected(ProposalScratch& scratch) const {
+  std::fill_n(scratch.marks.begin(), nodes_, uint8_t{0});
+  int64_t reached = 1, waiting = 1;
+  scratch.marks[0] = 1;
+  scratch.stack[0] = 0;
+  while (waiting) {
+    for (const int32_t neighbour : neighbours_[scratch.stack[--waiting]]) {
+      if (scratch.marks[neighbour]) continue;
+      scratch.marks[neighbour] = 1;
+      scratch.stack[waiting++] = neighbour;
+      ++reached;
     }
-    if (nodes_ < 3) return edit;
-    one = uniforms[kEnd] < 0.5 ? edit.old.low : edit.old.high;
-    two = index(second, nodes_ - 2);
-    two += two >= edit.old.low;
-    two += two >= edit.old.high;
   }
-  edit.fresh = {static_cast<int32_t>(std::min(one, two)), static_cast<int32_t>(std::max(one, two))};
-  edit.valid = !adjacent(one, two);
-  return edit;
+  return reached == nodes_;
+}
+
+void SearchGraph::mark_distance_two(int64_t node, int64_t without, uint8_t* marks) const {
+  std::fill_n(marks, nodes_, uint8_t{0});
+  for (const int32_t near : neighbours_[node]) {
+    if (near == without) continue;
+    for (const int32_t far : neighbours_[near]) marks[far] = 1;
+  }
+  for (const int32_t near : neighbours_[node]) {
+    if (near != without) marks[near] = 0;
+  }
+  marks[node] = 0;
 }
 
 void SearchGraph::mark(int64_t node) {
@@ -103,39 +92,39 @@ void SearchGraph::mark_neighbours(int64_t node) {
 
 // Rows whose neighbours or normalisers an edge move changed, in every layer.
 void SearchGraph::mark_rewired(const Edit& edit) {
-  if (edit.kind == Move::kRelabel) return;
-  const bool goes = edit.kind != Move::kAdd, comes = edit.kind != Move::kDelete;
-  if (goes) mark(edit.old.low), mark(edit.old.high);
-  if (comes) mark(edit.fresh.low), mark(edit.fresh.high);
-  if (network_.gin) return;
-  // A rewired edge leaves the degree of the end that it keeps alone.
+  for (int k = 0; k < edit.num_old; ++k) mark(edit.old[k].low), mark(edit.old[k].high);
+  for (int k = 0; k < edit.num_fresh; ++k) mark(edit.fresh[k].low), mark(edit.fresh[k].high);
+  // A swap changes no degree, and a rewired edge leaves that of the end that it keeps alone.
+  if (network_.gin || edit.kind == Move::kRelabel || edit.kind == Move::kSwap) return;
   const size_t ends = dirty_.size();
   for (size_t i = 0; i < ends; ++i) {
     const int32_t node = dirty_[i];
-    const bool lost = goes && (node == edit.old.low || node == edit.old.high);
-    const bool won = comes && (node == edit.fresh.low || node == edit.fresh.high);
+    const bool lost = edit.num_old && edit.old[0].ends_in(node), won = edit.num_fresh && edit.fresh[0].ends_in(node);
     if (lost != won) mark_neighbours(node);
   }
 }
 
-void SearchGraph::apply(const Edit& edit, Workspace& work) {
+void SearchGraph::carry_out(const Edit& edit) {
   switch (edit.kind) {
     case Move::kRelabel:
       label_[edit.node] = edit.label_after;
       break;
     case Move::kRewire:
-      edges_[edit.slot] = edit.fresh;
+    case Move::kSwap:
+      for (int k = 0; k < edit.num_old; ++k) edges_[edit.slot[k]] = edit.fresh[k];
       break;
     case Move::kAdd:
-      edges_.push_back(edit.fresh);
+      edges_.push_back(edit.fresh[0]);
       break;
     case Move::kDelete:
-      edges_[edit.slot] = edges_.back();
+      edges_[edit.slot[0]] = edges_.back();
       edges_.pop_back();
   }
-  if (edit.kind == Move::kRewire || edit.kind == Move::kDelete) link(edit.old, false);
-  if (edit.kind == Move::kRewire || edit.kind == Move::kAdd) link(edit.fresh, true);
+  for (int k = 0; k < edit.num_old; ++k) link(edit.old[k], false);
+  for (int k = 0; k < edit.num_fresh; ++k) link(edit.fresh[k], true);
+}
 
+void SearchGraph::evaluate(const Edit& edit, Workspace& work) {
   for (const int32_t node : dirty_) place_[node] = kClean;
   dirty_.clear();
   if (edit.kind == Move::kRelabel) mark(edit.node);
@@ -169,21 +158,22 @@ void SearchGraph::revert(const Edit& edit) {
       label_[edit.node] = edit.label_before;
       break;
     case Move::kRewire:
-      edges_[edit.slot] = edit.old;
+    case Move::kSwap:
+      for (int k = 0; k < edit.num_old; ++k) edges_[edit.slot[k]] = edit.old[k];
       break;
     case Move::kAdd:
       edges_.pop_back();
       break;
     case Move::kDelete:
-      if (edit.slot == static_cast<int64_t>(edges_.size())) {
-        edges_.push_back(edit.old);
+      if (edit.slot[0] == static_cast<int64_t>(edges_.size())) {
+        edges_.push_back(edit.old[0]);
       } else {
-        edges_.push_back(edges_[edit.slot]);
-        edges_[edit.slot] = edit.old;
+        edges_.push_back(edges_[edit.slot[0]]);
+        edges_[edit.slot[0]] = edit.old[0];
       }
   }
-  if (edit.kind == Move::kRewire || edit.kind == Move::kAdd) link(edit.fresh, false);
-  if (edit.kind == Move::kRewire || edit.kind == Move::kDelete) link(edit.old, true);
+  for (int k = 0; k < edit.num_fresh; ++k) link(edit.fresh[k], false);
+  for (int k = 0; k < edit.num_old; ++k) link(edit.old[k], true);
 }
 
 void SearchGraph::rebuild(Workspace& work) {

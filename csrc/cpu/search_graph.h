@@ -6,36 +6,11 @@
 #include <vector>
 
 #include "cpu/search_network.h"
-#include "philox.h"
+#include "cpu/search_proposal.h"
 
 namespace acgkd {
 
-constexpr uint32_t kProposalStream = 3;
 constexpr int32_t kClean = std::numeric_limits<int32_t>::max();
-
-// Numbers as in acgkd_fast/distill/moves.py.
-enum class Move : int { kRelabel = 0, kRewire = 1, kAdd = 2, kDelete = 3 };
-enum Lane : int { kChoice = 0, kKind = 1, kFirst = 2, kSecond = 3, kEnd = 4, kAccept = 5, kNumLanes = 6 };
-
-// An undirected edge, low < high.
-struct Edge {
-  int32_t low, high;
-};
-
-struct Edit {
-  Move kind;
-  bool valid = false;
-  // Position in the edge list.
-  int64_t slot = 0;
-  Edge old{}, fresh{};
-  int64_t node = 0, label_before = 0, label_after = 0;
-};
-
-// u below the first relabels, below the second rewires, below the third adds, else deletes.
-struct MoveMix {
-  double below_relabel, below_rewire, below_add;
-  int64_t num_labels;
-};
 
 // Change of a graph's moment sums, [norms, 2, stride] in double, and where its loss stands afterwards.
 struct Scores {
@@ -49,6 +24,7 @@ struct Workspace {
   Workspace(const Network& network, int64_t max_nodes);
 
   Scores scores;
+  ProposalScratch proposal;
   std::vector<float> weights;
   std::vector<const float*> inputs;
   std::vector<float*> outputs;
@@ -66,11 +42,9 @@ class SearchGraph {
   SearchGraph(const Network& network, int64_t nodes, std::vector<Edge> edges, const float* x, const int64_t* label,
               int64_t target);
 
-  // One edit by the rules of moves.propose, from the uniforms of this graph and step.
-  Edit propose(const MoveMix& mix, const double* uniforms) const;
-
-  // Carries out an edit and computes what it changes; then one of the other two must follow.
-  void apply(const Edit& edit, Workspace& work);
+  // Edges and labels as after an edit. Once what it changes has been evaluated, too, `keep` may follow; else `revert`.
+  void carry_out(const Edit& edit);
+  void evaluate(const Edit& edit, Workspace& work);
   void keep(const Workspace& work);
   void revert(const Edit& edit);
 
@@ -81,6 +55,12 @@ class SearchGraph {
   int64_t nodes() const { return nodes_; }
   const std::vector<Edge>& edges() const { return edges_; }
   const std::vector<int64_t>& label() const { return label_; }
+
+  int64_t degree(int64_t node) const { return static_cast<int64_t>(neighbours_[node].size()); }
+  bool adjacent(int64_t a, int64_t b) const;
+  bool connected(ProposalScratch& scratch) const;
+  // marks[k] = whether node k is at distance two of `node`, the edge between it and `without` thought away.
+  void mark_distance_two(int64_t node, int64_t without, uint8_t* marks) const;
 
  private:
   float* resident(int64_t plane, int64_t node) const { return features_.get() + (plane * nodes_ + node) * stride_; }
@@ -96,7 +76,6 @@ class SearchGraph {
   int64_t output_plane(int64_t layer) const { return 2 * depth_ + layer; }
   int64_t second_plane(int64_t layer) const { return 3 * depth_ + layer; }
 
-  bool adjacent(int64_t a, int64_t b) const;
   void link(Edge edge, bool present);
   void mark(int64_t node);
   void mark_neighbours(int64_t node);
