@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from search_helpers import SIZES, WIDTH, GraphNormTeacher, PlainTeacher, assert_simple, edge_sets, make_graphs
 
 from acgkd_fast import EdgeSample, GraphBatch, InputError, _library
-from acgkd_fast.distill.energy import Energy, GraphScores
 from acgkd_fast.distill.edge_lists import EdgeLists
+from acgkd_fast.distill.energy import Energy, GraphScores
 from acgkd_fast.distill.moves import MoveMix
 from acgkd_fast.distill.refine import Refiner, RefineSettings, refine
 from acgkd_fast.distill.statistics import BatchNormProbe
