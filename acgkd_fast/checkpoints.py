@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch
 from torch import nn
 
 from . import __version__
-from .errors import DataError, InputError
-from .files import existing_file, load_tensors, save_tensors
+from .errors import DataError, InputError, check
+from .files import load_tensors, save_tensors
+from .formats.pickles import load_pickle, save_pickle
 from .graphs import EdgeSample, GraphBatch
 from .nn.models import GraphClassifier, build_model, parse_arch
 
@@ -136,12 +136,26 @@ def load_graphs(path: str | Path) -> tuple[GraphBatch, dict[str, Any]]:
     return graphs, metadata
 
 
-def load_gfkd_checkpoint(path: str | Path, arch: str) -> tuple[GraphClassifier, dict[str, Any]]:
+def load_gfkd_checkpoint(
+    path: str | Path,
+    arch: str,
+    *,
+    feature_order: Sequence[int] | None = None,
+    class_order: Sequence[int] | None = None,
+    self_loops: bool = False,
+) -> tuple[GraphClassifier, dict[str, Any]]:
     """Read a teacher or student of the public GFKD code (a legacy or zip file of ``torch.save``).
+
+    GFKD numbers node labels and classes in the order in which its own data file has them, which need not be that of
+    other files of the same data set.
 
     Args:
         path: a state dict, or a dictionary that holds one under ``model``.
         arch: what the file holds, such as "gcn5-64".
+        feature_order: for each of our node labels its number in the file; default the same.
+        class_order: for each of our classes its number in the file; default the same.
+        self_loops: GFKD adds a self-loop to every node before a model sees a graph. GCN layers of this package do so
+            themselves; for a GIN, True takes the loop into eps, so that graphs without loops give GFKD's answers.
 
     Returns:
         The model in eval mode on the CPU, and the other plain values of the file, such as ``epoch``
@@ -154,8 +168,8 @@ def load_gfkd_checkpoint(path: str | Path, arch: str) -> tuple[GraphClassifier, 
 
     Format: :data:`_GFKD_NAMES`; GCN weights are stored input by output.
     """
-    kind, _, width = parse_arch(arch)
-    holder = _load_pickle(path)
+    kind, depth, width = parse_arch(arch)
+    holder = _load_mapping(path)
     state = holder.get("model", holder)
     if not isinstance(state, Mapping) or not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise DataError(f"{path}: expected a state dict (or one under 'model'), got {type(state).__name__}")
@@ -172,12 +186,55 @@ def load_gfkd_checkpoint(path: str | Path, arch: str) -> tuple[GraphClassifier, 
         raise DataError(f"{path}: expected width {width} ({arch}), got width {entry.shape[0]}")
     model = build_model(arch, entry.shape[1], classifier.shape[0])
     _fill(path, model, tensors)
+    _reorder(model, kind, feature_order, class_order)
+    if kind == "gin" and self_loops:
+        for i in range(depth):
+            model.get_buffer(f"blocks.{i}.conv.eps").add_(1.0)
     facts = {
         name: value.item() if isinstance(value, np.generic) else value
         for name, value in holder.items()
         if isinstance(value, (int, float, str, np.generic))
     }
     return model.eval(), facts
+
+
+def save_gfkd_checkpoint(path: str | Path, model: GraphClassifier, facts: dict[str, Any] | None = None) -> None:
+    """Write a model as the public GFKD code does: ``{"model": state dict under its names, **facts}``.
+
+    Args:
+        path: the file; replaced atomically.
+        model: a graph classifier of this package.
+        facts: plain values such as ``epoch`` and ``accuracy``.
+
+    Raises:
+        InputError: another kind of module, or facts under the name "model".
+        DataError: the file cannot be written.
+    """
+    check(isinstance(model, GraphClassifier), "model", "a GraphClassifier", type(model).__name__)
+    check("model" not in (facts or {}), "facts", "other names than 'model'", facts)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        stored = tensor.t() if name.endswith("conv.lin.weight") else tensor
+        state[_gfkd_name(name, parse_arch(model.arch)[0])] = stored.detach().cpu().clone()
+    save_pickle(path, {**(facts or {}), "model": state})
+
+
+def _reorder(
+    model: GraphClassifier, kind: str, feature_order: Sequence[int] | None, class_order: Sequence[int] | None
+) -> None:
+    entry = model.get_parameter("blocks.0.conv.lin.weight" if kind == "gcn" else "blocks.0.conv.nn.0.weight")
+    with torch.no_grad():
+        if feature_order is not None:
+            entry.copy_(entry[:, _permutation("feature_order", feature_order, model.num_features)])
+        if class_order is not None:
+            rows = _permutation("class_order", class_order, model.num_classes)
+            model.classifier.weight.copy_(model.classifier.weight[rows])
+            model.classifier.bias.copy_(model.classifier.bias[rows])
+
+
+def _permutation(name: str, order: Sequence[int], count: int) -> torch.Tensor:
+    check(sorted(order) == list(range(count)), name, f"each of 0..{count - 1} once", list(order))
+    return torch.tensor(list(order))
 
 
 _GFKD_NAMES = (
@@ -201,20 +258,32 @@ def _own_name(name: str) -> str:
     return name
 
 
-def _load_pickle(path: str | Path) -> Mapping[str, Any]:
-    path = existing_file(path, "a checkpoint of torch.save")
-    # An accuracy is often saved as a numpy number, which is harmless but not among torch's safe types.
-    scalar: Any = np.float64(0).__reduce__()[0]
-    numbers: list[Any] = [np.dtype, *(type(np.dtype(code)) for code in "fdilq")]
-    numbers += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    try:
-        with torch.serialization.safe_globals(numbers):
-            holder = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).split("\n", 1)[0][:200]
-        raise DataError(
-            f"{path}: expected a checkpoint of torch.save with plain tensors, got one that does not read ({reason})"
-        ) from error
+_OWN_NAMES = {
+    "gcn": (
+        (r"blocks\.(\d+)\.conv\.lin\.weight", r"gcnlayers.\1.weight"),
+        (r"blocks\.(\d+)\.conv\.bias", r"gcnlayers.\1.bias"),
+        (r"blocks\.(\d+)\.norm\.", r"norms.\1."),
+    ),
+    "gin": (
+        (r"blocks\.(\d+)\.conv\.eps", r"ginlayers.\1.eps"),
+        (r"blocks\.(\d+)\.conv\.nn\.0\.", r"ginlayers.\1.apply_func.mlp.linears.0."),
+        (r"blocks\.(\d+)\.conv\.nn\.1\.", r"ginlayers.\1.apply_func.mlp.norm_list.0."),
+        (r"blocks\.(\d+)\.conv\.nn\.2\.", r"ginlayers.\1.apply_func.mlp.linears.1."),
+        (r"blocks\.(\d+)\.norm\.", r"ginlayers.\1.apply_func.norm."),
+    ),
+}
+
+
+def _gfkd_name(name: str, kind: str) -> str:
+    for pattern, replacement in (*_OWN_NAMES[kind], (r"classifier\.", r"linears_prediction.")):
+        renamed, hits = re.subn(rf"^{pattern}", replacement, name)
+        if hits:
+            return renamed
+    raise AssertionError(f"no name of GFKD for {name}")
+
+
+def _load_mapping(path: str | Path) -> Mapping[str, Any]:
+    holder = load_pickle(path, "a checkpoint of torch.save")
     if not isinstance(holder, Mapping):
         raise DataError(f"{path}: expected a dictionary of tensors, got {type(holder).__name__}")
     return holder

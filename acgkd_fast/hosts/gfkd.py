@@ -9,7 +9,6 @@ operator. Entry (j, k) of GFKD's matrices is an edge from j to k.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,13 +18,13 @@ from torch import nn
 from ..checkpoints import load_gfkd_checkpoint
 from ..distill.objectives import one_hot_entropy
 from ..edges import arm_gradient, sample_edges
-from ..errors import check, check_tensor, fail
+from ..errors import check, fail
+from ..formats.gfkd import Matrices, matrices_from_pairs, pairs_from_matrices
 from ..graphs import EdgeSample, GraphBatch
 from ..layout import PairLayout
 from ..nn.models import GraphClassifier
 from ..teachers import Teacher, as_teacher
 
-Matrices = list[torch.Tensor]
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # No noise of the stream reaches it: |L| < 17.
@@ -64,7 +63,7 @@ class Inversion:
         """
         sample, layout = self._draw(param)
         u = torch.ops.acgkd_fast.pair_uniforms(layout.table, sample.rng, layout.kind, 0, layout.num_pairs)
-        noise = _to_matrices(u.to(param[0].dtype), layout, 0.5)
+        noise = matrices_from_pairs(u.to(param[0].dtype), layout, 0.5)
         first = [(n > torch.sigmoid(-theta)).int() for n, theta in zip(noise, param, strict=True)]
         second = [(n < torch.sigmoid(theta)).int() for n, theta in zip(noise, param, strict=True)]
         return first, second, noise
@@ -107,7 +106,7 @@ class Inversion:
             InputError: matrices that do not fit together, or a net whose layers add self-loops with `self_loop` off.
         """
         teacher = self._check(net, params, feature_paras, self_loop)
-        layout, theta = _to_pairs(params)
+        layout, theta = pairs_from_matrices(params)
         certain = torch.where(theta >= 0.0, _CERTAIN, -_CERTAIN)
         edges = sample_edges(certain, layout, seed=0)
         x = _features(feature_paras, onehot)
@@ -141,10 +140,10 @@ class Inversion:
             x = _features(feature_paras, onehot)
             rest = (targets, criterion_stru, loss_r_feature_layers, bn_reg_scale, self_loop)
             first, second = (_teacher_loss(teacher, x, edges, *rest) for edges in (sample, sample.antithetic))
-            return _to_matrices(arm_gradient(sample, first, second), layout, 0.0)
+            return matrices_from_pairs(arm_gradient(sample, first, second), layout, 0.0)
 
     def _draw(self, params: Sequence[torch.Tensor]) -> tuple[EdgeSample, PairLayout]:
-        layout, theta = _to_pairs(params)
+        layout, theta = pairs_from_matrices(params)
         sample = sample_edges(theta.detach(), layout, seed=self.seed, step=self.step, estimator="arm")
         self.step += 1
         return sample, layout
@@ -196,32 +195,3 @@ def _with_self_loops(edges: EdgeSample) -> EdgeSample:
 def _features(feature_paras: Sequence[torch.Tensor], onehot: int) -> torch.Tensor:
     x = torch.cat(list(feature_paras))
     return x.softmax(1) if onehot else x
-
-
-def _to_pairs(params: Sequence[torch.Tensor]) -> tuple[PairLayout, torch.Tensor]:
-    """The layout of the graphs, and the logits of its pairs from matrices whose entry (j, k) is an edge j -> k."""
-    check(len(params) > 0, "params", "at least one matrix of logits", list(params))
-    for theta in params:
-        check_tensor("params", theta, shape=(len(theta), len(theta)), dtypes=(params[0].dtype,))
-    layout, position = _layout(tuple(len(theta) for theta in params), params[0].device)
-    return layout, torch.cat([theta.flatten() for theta in params])[position]
-
-
-def _to_matrices(pairs: torch.Tensor, layout: PairLayout, diagonal: float) -> Matrices:
-    _, position = _layout(layout.sizes, layout.device)
-    lengths = [n * n for n in layout.sizes]
-    flat = pairs.new_full((sum(lengths),), diagonal)
-    flat[position] = pairs
-    return [matrix.view(n, n) for matrix, n in zip(flat.split(lengths), layout.sizes, strict=True)]
-
-
-@functools.lru_cache(maxsize=8)
-def _layout(sizes: tuple[int, ...], device: torch.device) -> tuple[PairLayout, torch.Tensor]:
-    """A directed layout, and where in the concatenated matrices the logit of each of its pairs stands."""
-    layout = PairLayout.complete(sizes, directed=True, device=device)
-    target, source = layout.pair_nodes()
-    graph = layout.graph_of_pair(torch.arange(layout.num_pairs, device=device))
-    n = torch.tensor(sizes, device=device)
-    first_entry = torch.nn.functional.pad((n * n).cumsum(0), (1, 0))[graph]
-    first_node = layout.node_ptr[graph]
-    return layout, first_entry + (source - first_node) * n[graph] + (target - first_node)
