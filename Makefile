@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null || echo uncommitted)
 
-.PHONY: demo test bench gpu-check lint clean
+.PHONY: demo test bench bench-compare instructions gpu-check lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/acgkd-fast demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -17,6 +17,14 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest -q bench --benchmark-json=bench/results/$(COMMIT).json
+
+# What became slower since BASE (a commit with results, or a file), relative to peers measured in the same run.
+bench-compare: $(VENV)/.bench
+	@test -n "$(BASE)" || { echo "bench-compare: expected BASE=commit or file, got none" >&2; exit 2; }
+	$(BIN)/python bench/compare.py $(BASE) $(or $(NEW),$(COMMIT))
+
+instructions: $(VENV)/.bench
+	$(BIN)/python bench/instructions.py --out bench/results/instructions-$(COMMIT).json
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
