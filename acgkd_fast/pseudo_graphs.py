@@ -165,9 +165,10 @@ class PseudoGraphs(nn.Module):
         step: int | torch.Tensor = 0,
         temperature: float | torch.Tensor = 1.0,
         estimator: str = "sparse_straight_through",
+        capacity: int | None = None,
     ) -> GraphBatch:
         """Draw edges and return the batch as the teacher sees it; see `sample_edges` for the arguments."""
-        edges = self.sample(seed=seed, step=step, temperature=temperature, estimator=estimator)
+        edges = self.sample(seed=seed, step=step, temperature=temperature, estimator=estimator, capacity=capacity)
         return GraphBatch(self.soft_features(), edges, self.y)
 
     def sample(
@@ -177,6 +178,7 @@ class PseudoGraphs(nn.Module):
         step: int | torch.Tensor = 0,
         temperature: float | torch.Tensor = 1.0,
         estimator: str = "sparse_straight_through",
+        capacity: int | None = None,
     ) -> EdgeSample:
         """Draw the edges alone."""
         return sample_edges(
@@ -187,6 +189,7 @@ class PseudoGraphs(nn.Module):
             temperature=temperature,
             estimator=estimator,
             noise=self.noise,
+            capacity=capacity,
         )
 
     @torch.no_grad()

@@ -19,9 +19,10 @@ import torch
 from ..edges.api import arm_gradient
 from ..edges.estimators import ESTIMATORS
 from ..errors import InputError, check, check_choice
-from ..graphs import GraphBatch
+from ..graphs import EdgeSample, GraphBatch
 from ..pseudo_graphs import PseudoGraphs
 from ..teachers import Teacher, as_teacher
+from .captured import stepper
 from .objectives import BN_TERMS, batch_norm_term, degree_term, one_hot_entropy
 from .statistics import MomentsProbe
 
@@ -70,6 +71,11 @@ class LearnSettings:
         share = step / max(self.steps - 1, 1)
         return float(self.temperature * (self.final_temperature / self.temperature) ** share)
 
+    def rates_at(self, step: int) -> list[float]:
+        """Adam's step sizes of structure and features, as the nearest float32, which is what a device keeps."""
+        decay = 0.1 ** (step // self.lr_decay_steps)
+        return torch.tensor([self.lr_structure * decay, self.lr_features * decay], dtype=torch.float32).tolist()
+
 
 class Learner:
     """The learning stage as an object that can be stepped, saved and resumed.
@@ -109,7 +115,6 @@ class Learner:
             groups.append({"params": [pseudo_graphs.features], "lr": settings.lr_features})
         # One pass over logits and moments; the default takes about ten.
         self.optimizer = torch.optim.Adam(groups, fused=True)
-        self._base_lr: list[float] = [group["lr"] for group in groups]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that another process needs to go on from here, bit for bit."""
@@ -125,33 +130,57 @@ class Learner:
         self.step = int(state["step"])
 
     def advance(self) -> dict[str, torch.Tensor]:
-        """One optimiser step; returns the detached terms of its loss as tensors (no host read)."""
-        settings = self.settings
-        decay = 0.1 ** (self.step // settings.lr_decay_steps)
-        for group, lr in zip(self.optimizer.param_groups, self._base_lr, strict=True):
-            group["lr"] = lr * decay
-        self.optimizer.zero_grad(set_to_none=True)
-        terms = self._structure_by_arm() if settings.estimator == "arm" else self._joint_backward()
+        """One optimiser step; returns the detached terms of its loss as tensors.
+
+        The plain step: its draw reads the number of edges from the device. See :mod:`.captured` for one that
+        does not.
+        """
+        for group, rate in zip(self.optimizer.param_groups, self.settings.rates_at(self.step), strict=False):
+            group["lr"] = rate
+        if self.settings.estimator == "arm":
+            terms = self._structure_by_arm()
+        else:
+            terms, _ = self.backward(
+                seed=self.seed, step=self.step, temperature=self.settings.temperature_at(self.step)
+            )
         self.optimizer.step()
         self.step += 1
         return terms
 
-    def _joint_backward(self) -> dict[str, torch.Tensor]:
+    def backward(
+        self,
+        *,
+        seed: int | torch.Tensor,
+        step: int | torch.Tensor,
+        temperature: float | torch.Tensor,
+        capacity: int | None = None,
+    ) -> tuple[dict[str, torch.Tensor], EdgeSample]:
+        """Draw, run the teacher and leave the gradients in ``.grad``, without a move of the parameters.
+
+        Args:
+            seed, step, temperature, capacity: of the draw, see `sample_edges`.
+
+        Returns:
+            The detached terms of the loss, and the drawn edges.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
         graphs = self.pseudo_graphs(
-            seed=self.seed,
-            step=self.step,
-            temperature=self.settings.temperature_at(self.step),
-            estimator=self.settings.estimator,
+            seed=seed, step=step, temperature=temperature, estimator=self.settings.estimator, capacity=capacity
         )
         per_graph, bn = self._teacher_losses(graphs)
         terms = {"cross_entropy": per_graph.mean(), "batch_norm": bn, **self._regularisers(graphs.x)}
         loss = terms["cross_entropy"] + self._weighted(terms)
-        loss.backward()
-        return {name: term.detach() for name, term in {**terms, "loss": loss}.items()}
+        # Not loss.backward(): its accumulation nodes remember the stream that they first ran on, which is not
+        # the one that a graph is captured on.
+        learned = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for parameter, gradient in zip(learned, torch.autograd.grad(loss, learned, allow_unused=True), strict=True):
+            parameter.grad = gradient
+        return {name: term.detach() for name, term in {**terms, "loss": loss}.items()}, graphs.edges
 
     def _structure_by_arm(self) -> dict[str, torch.Tensor]:
         """GFKD's step: features by gradient on the first draw, structure by the ARM pair."""
         pseudo = self.pseudo_graphs
+        self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             sample = pseudo.sample(seed=self.seed, step=self.step, estimator="arm")
         assert sample.antithetic is not None
@@ -172,6 +201,8 @@ class Learner:
         with MomentsProbe(self.teacher.module) as probe:
             logits = self.teacher(graphs)
         per_graph = torch.nn.functional.cross_entropy(logits, self.pseudo_graphs.y, reduction="none")
+        if not probe.moments:
+            return per_graph, logits.new_zeros(())
         return per_graph, batch_norm_term(probe, self.settings.bn_term)
 
     def _regularisers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -195,6 +226,7 @@ def learn(
     seed: int = 0,
     progress: Progress | None = None,
     report_every: int = 10,
+    capture: bool | None = None,
 ) -> PseudoGraphs:
     """Learn pseudo-graphs that the teacher finds convincing, in place.
 
@@ -205,16 +237,21 @@ def learn(
         seed: key of the edge noise.
         progress: called with (step, loss terms) every `report_every` steps and after the last.
         report_every: how often; every report reads the device.
+        capture: run steps that never wait for the host, on CUDA as one graph; default on CUDA, with a notice
+            where the step cannot be captured. The result is the same. See docs/step.md.
 
     Raises:
-        InputError: see :class:`Learner`.
+        InputError: see :class:`Learner`; or `capture` is True and the step cannot be captured.
 
     A low loss is not the goal: read K of the hardened graphs, and compare students with those
     taught by random graphs.
     """
+    check(report_every >= 1, "report_every", "at least 1", report_every)
     learner = Learner(teacher, pseudo_graphs, settings or LearnSettings(), seed=seed)
-    while learner.step < learner.settings.steps:
-        terms = learner.advance()
-        if progress is not None and (learner.step % report_every == 0 or learner.step == learner.settings.steps):
+    total = learner.settings.steps
+    advance = stepper(learner, capture) if total > 0 else None
+    while advance is not None and learner.step < total:
+        terms = advance(min(report_every - learner.step % report_every, total - learner.step))
+        if progress is not None:
             progress(learner.step, {name: float(term) for name, term in terms.items()})
     return pseudo_graphs

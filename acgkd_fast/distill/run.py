@@ -30,6 +30,7 @@ from ..nn.models import GraphClassifier, parse_arch
 from ..pseudo_graphs import PseudoGraphs
 from ..report import write_report
 from ..teachers import Teacher, as_teacher, evaluate
+from .captured import stepper
 from .config import RunConfig
 from .inversion import Learner
 from .metrics import MetricsLog
@@ -39,6 +40,7 @@ from .student import distill_student, new_student
 
 _SAVE_SECONDS = 20.0
 _REFINE_STEPS = 50
+_LEARN_STEPS = 10
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
@@ -207,10 +209,10 @@ class Run:
         if saver.path.exists():
             learner.load_state_dict(load_state(saver.path))
         self.metrics.rewind("learn", learner.step)
-        while learner.step < total:
-            terms = learner.advance()
-            if learner.step % 10 == 0 or learner.step == total:
-                self._report("learn", learner.step, total, {name: float(term) for name, term in terms.items()})
+        advance = stepper(learner) if learner.step < total else None
+        while advance is not None and learner.step < total:
+            terms = advance(min(_LEARN_STEPS - learner.step % _LEARN_STEPS, total - learner.step))
+            self._report("learn", learner.step, total, {name: float(term) for name, term in terms.items()})
             saver.save(learner.step == total)
         return pseudo
 

@@ -23,7 +23,7 @@ _TEMPERATURES = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 assert ops.SAMPLE_EDGES  # importing the module declares the operators
 
 
-def _rng(seed: int | torch.Tensor, step: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+def stream_key(seed: int | torch.Tensor, step: int | torch.Tensor, device: torch.device) -> torch.Tensor:
     """(seed, step) as int64 [2] on the device; tensors are taken without a host read."""
     words = [_word("seed", seed, -(2**63), 2**64), _word("step", step, 0, 2**32)]
     if isinstance(words[0], int) and isinstance(words[1], int):
@@ -137,7 +137,7 @@ def sample_edges(
         raise InputError("noise: expected 'logistic' with estimator 'arm', whose identity needs it, got 'gumbel'")
 
     code, noise_code = Estimator[estimator.upper()], Noise[noise.upper()]
-    rng, tau = _rng(seed, step, layout.device), _temperature(temperature, layout.device)
+    rng, tau = stream_key(seed, step, layout.device), _temperature(temperature, layout.device)
     if isinstance(logits, FactorLogits):
         return _draw_factors(logits, rng, tau, estimator, noise_code, absent_rate, layout, capacity)
     logits = logits.contiguous()

@@ -125,7 +125,8 @@ def readout(x: torch.Tensor, ptr: torch.Tensor, mode: str = "sum") -> torch.Tens
     check_tensor("x", x, shape=(None, None), dtypes=_DTYPES)
     check_tensor("ptr", ptr, shape=(None,), dtypes=(torch.int64,), device=x.device)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        spans = ptr.numel() > 0 and int(ptr[0]) == 0 and int(ptr[-1]) == x.shape[0]
+        offsets = ptr.numpy()
+        spans = offsets.size > 0 and offsets[0] == 0 and offsets[-1] == x.shape[0]
         check(spans, "ptr", f"node offsets from 0 to {x.shape[0]}", ptr.tolist())
     out: torch.Tensor = torch.ops.acgkd_fast.readout(x.contiguous(), ptr, _MODES[mode])[0]
     return out
