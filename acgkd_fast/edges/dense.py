@@ -12,7 +12,7 @@ from ..errors import InputError, check, check_choice, check_tensor
 from ..layout import PairLayout
 from ..philox import Stream
 from . import ops
-from .api import _rng, _temperature
+from .api import stream_key, _temperature
 from .estimators import NOISES
 from .reference import compute_dtype
 
@@ -85,7 +85,7 @@ def sample_dense_edges(
     if noise != "none":
         if seed is None:
             raise InputError(f"seed: expected an integer with noise {noise!r}, got None")
-        rng = _rng(seed, step, logits.device)
+        rng = stream_key(seed, step, logits.device)
         ids = None if graph_ids is None else tuple(graph_ids)
         theta = theta + _noise_matrix(graphs, nodes, rng, noise, symmetric == "none", self_loops, ids, theta.dtype)
     value = torch.sigmoid(theta / _temperature(temperature, logits.device).to(theta.dtype))
