@@ -12,7 +12,7 @@ from ..errors import InputError, check, check_choice, check_tensor
 from ..layout import PairLayout
 from ..philox import Stream
 from . import ops
-from .api import stream_key, _temperature
+from .api import _temperature, stream_key
 from .estimators import NOISES
 from .reference import compute_dtype
 
