@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .edges import sample_edges as sample_edges
     from .errors import DataError as DataError
     from .errors import InputError as InputError
+    from .generator import Generator as Generator
+    from .graph_pool import GraphPool as GraphPool
     from .graphs import EdgeSample as EdgeSample
     from .graphs import GraphBatch as GraphBatch
     from .layout import PairLayout as PairLayout
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from .propagate import readout as readout
     from .pseudo_graphs import GraphPrior as GraphPrior
     from .pseudo_graphs import PseudoGraphs as PseudoGraphs
+    from .synthesizer import GraphSynthesizer as GraphSynthesizer
     from .teachers import Teacher as Teacher
     from .teachers import as_teacher as as_teacher
 
@@ -53,6 +56,8 @@ _HOMES = {
     "sample_edges": ".edges",
     "DataError": ".errors",
     "InputError": ".errors",
+    "Generator": ".generator",
+    "GraphPool": ".graph_pool",
     "EdgeSample": ".graphs",
     "GraphBatch": ".graphs",
     "PairLayout": ".layout",
@@ -61,6 +66,7 @@ _HOMES = {
     "readout": ".propagate",
     "GraphPrior": ".pseudo_graphs",
     "PseudoGraphs": ".pseudo_graphs",
+    "GraphSynthesizer": ".synthesizer",
     "Teacher": ".teachers",
     "as_teacher": ".teachers",
 }

@@ -35,6 +35,8 @@ class Stream(IntEnum):
     ABSENT = 1
     INIT = 2
     PROPOSAL = 3
+    LATENT = 4
+    SHUFFLE = 5
 
 
 def _rounds(counter: list[Words], key: tuple[Any, Any]) -> list[Words]:

@@ -90,6 +90,8 @@ def test_streams_have_their_frozen_tags():
         ("ABSENT", 1),
         ("INIT", 2),
         ("PROPOSAL", 3),
+        ("LATENT", 4),
+        ("SHUFFLE", 5),
     ]
 
 

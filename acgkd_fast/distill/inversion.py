@@ -27,6 +27,7 @@ from .objectives import BN_TERMS, batch_norm_term, degree_term, one_hot_entropy
 from .statistics import MomentsProbe
 
 Progress = Callable[[int, dict[str, float]], None]
+ExtraLoss = Callable[[GraphBatch, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Learner:
         pseudo_graphs: what is learned, in place.
         settings: see :class:`LearnSettings`.
         seed: key of the edge noise; step t uses counter word t.
+        extra_loss: of (graphs, the teacher's logits), [B]; counts like the cross-entropy, beside it.
 
     Raises:
         InputError: widths or labels that do not fit the teacher, or a teacher that takes no edge weights
@@ -92,12 +94,19 @@ class Learner:
     """
 
     def __init__(
-        self, teacher: Teacher | torch.nn.Module, pseudo_graphs: PseudoGraphs, settings: LearnSettings, *, seed: int = 0
+        self,
+        teacher: Teacher | torch.nn.Module,
+        pseudo_graphs: PseudoGraphs,
+        settings: LearnSettings,
+        *,
+        seed: int = 0,
+        extra_loss: ExtraLoss | None = None,
     ) -> None:
         self.teacher = as_teacher(teacher)
         self.pseudo_graphs = pseudo_graphs
         self.settings = settings
         self.seed = seed
+        self.extra_loss = extra_loss
         self.step = 0
         width, classes = pseudo_graphs.features.shape[1], self.teacher.num_classes
         wanted = self.teacher.num_features
@@ -201,6 +210,8 @@ class Learner:
         with MomentsProbe(self.teacher.module) as probe:
             logits = self.teacher(graphs)
         per_graph = torch.nn.functional.cross_entropy(logits, self.pseudo_graphs.y, reduction="none")
+        if self.extra_loss is not None:
+            per_graph = per_graph + self.extra_loss(graphs, logits)
         if not probe.moments:
             return per_graph, logits.new_zeros(())
         return per_graph, batch_norm_term(probe, self.settings.bn_term)

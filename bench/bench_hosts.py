@@ -1,0 +1,131 @@
+"""Other code bases' samplers and loops in small, beside the same with our shims: the ratios of docs/hosts.md.
+
+The peers are the miniatures of ``tests/``, which the tests compare with the shims for equal results. They stand for the
+hosts' own way of working (loops, dense matrices, Cartesian products), not for DGL or the hosts' exact code.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+from host_loops import DosCondHost, GFKDHost, StatisticsHook, kidd_host, ogmm_host, torch_uniforms
+from synthesis_loops import DenseGenerator, dfad
+
+import acgkd_fast as af
+from acgkd_fast.hosts import doscond, gfkd, kidd, ogmm, pygip
+from acgkd_fast.hosts.vision import OneBatch
+from acgkd_fast.nn import build_model
+
+# Graphs and nodes: DosCond's 50 per class of MUTAG, and of DD's mean size at 10 per class.
+DENSE = {"100 x 18": (100, 18), "20 x 285": (20, 285)}
+
+
+def stepped(sample: Any, graphs: int, nodes: int) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(graphs, nodes, nodes, generator=generator).requires_grad_()
+    weight = torch.randn(graphs, nodes, nodes, generator=generator)
+
+    def step() -> torch.Tensor:
+        logits.grad = None
+        (sample(logits) * weight).sum().backward()
+        assert logits.grad is not None
+        return logits.grad
+
+    return step
+
+
+@pytest.mark.parametrize("shape", DENSE)
+def test_doscond(shape: str, contest: Any) -> None:
+    ours, host = doscond.DiscreteGraphs(seed=0), DosCondHost(torch_uniforms)
+    contest(
+        {
+            "ours": stepped(lambda a: ours.get_discrete_graphs(a, False), *DENSE[shape]),
+            "host": stepped(lambda a: host.get_discrete_graphs(a, False), *DENSE[shape]),
+        }
+    )
+
+
+@pytest.mark.parametrize("shape", DENSE)
+def test_kidd(shape: str, contest: Any) -> None:
+    ours, host = kidd.Discretizer(seed=0), kidd_host(torch_uniforms, 1.0)
+    contest({"ours": stepped(ours, *DENSE[shape]), "host": stepped(host, *DENSE[shape])})
+
+
+def test_gfkd(contest: Any) -> None:
+    """One iteration at MUTAG's size: 131 graphs, features and structure."""
+    torch.manual_seed(0)
+    sizes = [10 + (7 * g) % 20 for g in range(131)]
+    params = [torch.rand(n, n).logit() for n in sizes]
+    features = [torch.randn(n, 7).requires_grad_() for n in sizes]
+    targets = [g % 2 for g in range(131)]
+    net = build_model("gcn5-64", 7, 2).eval().requires_grad_(False)
+    hooks = [StatisticsHook(m) for m in net.modules() if isinstance(m, torch.nn.BatchNorm1d)]
+    mean, single = torch.nn.CrossEntropyLoss(), torch.nn.CrossEntropyLoss(reduction="none")
+    inversion, host = gfkd.Inversion(seed=0), GFKDHost(lambda g, n: torch.rand(n, n))
+
+    def ours() -> None:
+        loss, _ = inversion.norm_loss(
+            1, params, features, targets, mean, True, False, net, hooks, 0.01, 131, 0, 1, 1e-6
+        )
+        loss.backward()
+        inversion.bernulli_fastgrad(params, features, targets, single, True, False, net, 131, 0, 1, hooks, 0.01)
+
+    def theirs() -> None:
+        loss, _ = host.norm_loss(params, features, targets, mean, net, hooks, 0.01, 1e-6)
+        loss.backward()
+        host.bernulli_fastgrad(params, features, targets, single, net, hooks, 0.01)
+
+    contest({"ours": ours, "host": theirs})
+
+
+def test_ogmm(contest: Any) -> None:
+    """One call of the generator with its gradient, 32 graphs of 10 to 29 nodes."""
+    generator = ogmm.GraphGenerator(32, 7, 2)
+
+    def ours() -> None:
+        sum(a.sum() for a in generator()[1]).backward()
+
+    def theirs() -> None:
+        sum(a.sum() for a in ogmm_host(generator, torch_uniforms)[1]).backward()
+
+    contest({"ours": ours, "host": theirs})
+
+
+def test_pygip(contest: Any) -> None:
+    """A query graph of 500 nodes: networkx pair by pair, against a draw from 124,750 logits."""
+    networkx = pytest.importorskip("networkx")
+    generator = pygip.GraphGenerator(500, 64, 7, estimator="straight_through")
+
+    def theirs() -> torch.Tensor:
+        graph = networkx.erdos_renyi_graph(n=500, p=0.05)
+        torch.randn(500, 64)
+        return torch.tensor(list(graph.edges)).t()
+
+    with torch.no_grad():
+        contest({"ours": generator, "host": theirs})
+
+
+def test_dfad(contest: Any) -> None:
+    """Three rounds of DFAD on 64 graphs of 10 to 29 nodes: dense relaxed matrices against drawn edges."""
+    torch.manual_seed(0)
+    teacher = OneBatch(build_model("gcn5-64", 7, 2).eval().requires_grad_(False))
+    student = OneBatch(build_model("gcn3-32", 7, 2, dropout=0.0))
+    contenders = {
+        "ours": af.Generator(7, batch_size=64),
+        "ours, relaxed": af.Generator(7, batch_size=64, estimator="relaxed"),
+        "host": DenseGenerator(af.Generator(7, batch_size=64, estimator="relaxed")),
+    }
+    contest(
+        {
+            name: lambda g=generator: dfad(g, teacher, copy.deepcopy(student), graphs=64)
+            for name, generator in contenders.items()
+        }
+    )
