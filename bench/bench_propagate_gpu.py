@@ -183,8 +183,23 @@ def time_events(run: Callable[[], Any], before: Callable[[], Any] | None = None)
     return median_us(times)
 
 
+def waits_for_device(run: Callable[[], Any]) -> bool:
+    """Whether a call makes the host wait, by torch's own detector."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
 def time_graph(run: Callable[[], Any]) -> float | str:
     """Device time per replay, or why the call cannot be captured (peers that read sizes back cannot)."""
+    # A capture that fails half way would leave torch's allocator unable to free cached memory.
+    if waits_for_device(run):
+        return "the host waits for the device"
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     try:

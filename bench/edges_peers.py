@@ -108,7 +108,7 @@ PEERS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def ours(problem: Problem, estimator: str = "straight_through") -> af.EdgeSample:
+def ours(problem: Problem, estimator: str = "straight_through", capacity: int | None = None) -> af.EdgeSample:
     return af.sample_edges(
         problem.logits,
         problem.layout,
@@ -116,5 +116,5 @@ def ours(problem: Problem, estimator: str = "straight_through") -> af.EdgeSample
         step=problem.rng[1],
         temperature=problem.temperature,
         estimator=estimator,
-        capacity=problem.capacity * (2 if estimator == "sparse_straight_through" else 1),
+        capacity=problem.capacity if capacity is None else capacity,
     )

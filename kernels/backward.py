@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .layout import last_not_above
 from .philox import EDGE, lane_word, load_key
-from .relaxation import noise_odds, value_slope
+from .relaxation import noise_fraction, value_slope
 
 _SIZES = ["num_graphs", "num_nodes", "length", "directed", "row_depth", "graph_depth", "estimator", "noise"]
 
@@ -22,7 +22,7 @@ def twin_entry(rowptr, col, row, column, wanted):
     low = tl.load(rowptr + column, mask=wanted, other=0)
     high = tl.load(rowptr + column + 1, mask=wanted, other=1)
     while tl.max(high - low) > 1:
-        middle = (low + high) >> 1
+        middle = low + ((high - low) >> 1)
         fits = tl.load(col + middle, mask=wanted, other=0) <= row
         low = tl.where(fits, middle, low)
         high = tl.where(fits | (high - low <= 1), high, middle)
@@ -73,8 +73,8 @@ def entry_gradient_kernel(
     local = number - tl.load(table + num_graphs + 1 + graph)
     identity = tl.load(table + 2 * (num_graphs + 1) + graph).to(tl.uint32)
     key_0, key_1, step = load_key(rng)
-    odds = noise_odds(lane_word(local, identity, step, EDGE, key_0, key_1), noise, False)
+    over, under = noise_fraction(lane_word(local, identity, step, EDGE, key_0, key_1), noise, False)
     theta = tl.load(logits + number, mask=owner, other=0.0).to(tl.float32)
     tau = tl.load(temperature).to(tl.float32)
-    slope = value_slope(theta, odds, tau, estimator, gamma, zeta, absent_rate)
+    slope = value_slope(theta, over, under, tau, estimator, gamma, zeta, absent_rate)
     tl.store(out + number, slope * grad, mask=owner)

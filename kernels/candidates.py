@@ -1,7 +1,7 @@
 """Gradients of every candidate pair from node factors, tile by tile.
 
 For message passing ``out = P A Q x`` the gradient of edge value (row, column) is
-``<left_row, right_column> + node_term_row``. A tile of 64 x 64 node pairs is two small matrix products (both
+``<left_row, right_column> + node_term_row``. A tile of 32 x 32 node pairs is two small matrix products (both
 directions of a pair), to which the slope of the relaxation is applied at once if asked: then no float per
 candidate exists but the result.
 
@@ -17,9 +17,9 @@ import triton.language as tl
 from .launch import num_programs
 from .layout import find_program, graph_id, triangle
 from .philox import EDGE, lane_word, load_key
-from .relaxation import is_drawn, noise_odds, soft_slope
+from .relaxation import is_drawn, noise_fraction, soft_slope
 
-TILE = 64
+TILE = 32
 CHANNELS = 16
 _SIZES = ["num_graphs", "width", "directed", "noise"]
 
@@ -141,6 +141,6 @@ def candidate_kernel(
         tau = tl.load(temperature).to(tl.float32)
         identity = graph_id(table, num_graphs, graph)
         theta = tl.load(logits + pair_first + pair, mask=wanted, other=0.0).to(tl.float32)
-        odds = noise_odds(lane_word(pair, identity, step, EDGE, key_0, key_1), noise, False)
-        grad = tl.where(is_drawn(theta, odds), 0.0, grad * (soft_slope(theta, odds, tau) / tau))
+        over, under = noise_fraction(lane_word(pair, identity, step, EDGE, key_0, key_1), noise, False)
+        grad = tl.where(is_drawn(theta, over, under), 0.0, grad * (soft_slope(theta, over, under, tau) / tau))
     tl.store(out + pair_first + pair, grad, mask=wanted)

@@ -31,7 +31,7 @@ from .layout import (
     triangle,
 )
 from .philox import EDGE, lane_word, load_key
-from .relaxation import HARD_CONCRETE, RELAXED, SPARSE, is_drawn, noise_odds, soft_value, stretch
+from .relaxation import HARD_CONCRETE, RELAXED, SPARSE, is_drawn, noise_fraction, soft_value, stretch
 
 SLOTS = tl.constexpr(256)
 GROUPS = tl.constexpr(256 // 32)
@@ -244,11 +244,11 @@ def entry_value(logits, pair, first_pair, wanted, identity, key_0, key_1, step, 
     value = tl.full(wanted.shape, 1.0, tl.float32)
     if (estimator == RELAXED) | (estimator == HARD_CONCRETE) | (estimator == SPARSE):
         theta = tl.load(logits + first_pair + pair, mask=wanted, other=0.0).to(tl.float32)
-        odds = noise_odds(lane_word(pair, identity, step, EDGE, key_0, key_1), noise, False)
+        over, under = noise_fraction(lane_word(pair, identity, step, EDGE, key_0, key_1), noise, False)
         if estimator == SPARSE:
-            value = is_drawn(theta, odds).to(tl.float32)
+            value = is_drawn(theta, over, under).to(tl.float32)
         else:
-            value = soft_value(theta, odds, tau)
+            value = soft_value(theta, over, under, tau)
             if estimator == HARD_CONCRETE:
                 value = tl.minimum(tl.maximum(stretch(value, gamma, zeta), 0.0), 1.0)
     return value

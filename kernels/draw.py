@@ -22,7 +22,7 @@ from .relaxation import (
     SPARSE,
     absent_chance,
     is_drawn,
-    noise_odds,
+    noise_fraction,
     soft_slope,
     soft_value,
     stretch,
@@ -32,8 +32,15 @@ _SIZES = ["num_graphs", "estimator", "noise", "plane_words", "directed", "stream
 
 
 @triton.jit
+def pairs_left(table, num_graphs, graph, start, BLOCK: tl.constexpr):
+    """Pairs of a graph from `start` on, at most BLOCK; int32, because every pair is compared with it."""
+    pairs = tl.load(table + num_graphs + 2 + graph) - tl.load(table + num_graphs + 1 + graph)
+    return tl.minimum(pairs - start, BLOCK).to(tl.int32)
+
+
+@triton.jit
 def load_run(values, first, start, left, BLOCK: tl.constexpr):
-    """`values` of BLOCK pairs from first + start on as float32, zeros behind the last of the `left` ones."""
+    """`values` of BLOCK pairs from first + start on as float32, zeros behind the `left` ones."""
     offsets = tl.arange(0, BLOCK)
     # Only aligned, unmasked loads become 16-byte ones; the compiler sees the alignment in the product.
     if (first % 4 == 0) & (left >= BLOCK):
@@ -53,14 +60,14 @@ def join_lanes(lane_0, lane_1, lane_2, lane_3):
 @triton.jit
 def is_kept(theta, word, absent_word, estimator, noise, temperature, gamma, zeta, absent_rate):
     """Whether a pair belongs to the sample, as 0 or 1."""
-    odds = noise_odds(word, noise, estimator == MIRRORED)
-    kept = is_drawn(theta, odds)
+    over, under = noise_fraction(word, noise, estimator == MIRRORED)
+    kept = is_drawn(theta, over, under)
     if estimator == HARD_CONCRETE:
-        kept = stretch(soft_value(theta, odds, temperature), gamma, zeta) > 0.0
+        kept = stretch(soft_value(theta, over, under, temperature), gamma, zeta) > 0.0
     elif estimator == SPARSE:
-        kept = kept | (uniform(absent_word) < absent_chance(soft_slope(theta, odds, temperature), absent_rate))
+        kept = kept | (uniform(absent_word) < absent_chance(soft_slope(theta, over, under, temperature), absent_rate))
     elif estimator == RELAXED:
-        kept = kept | (odds > 0.0)
+        kept = kept | (over > 0.0)
     return kept.to(tl.uint32)
 
 
@@ -87,40 +94,40 @@ def draw_bits_kernel(
     absent_rate,
     DIRECTED: tl.constexpr,
     BLOCK: tl.constexpr,
+    STRIPS: tl.constexpr,
 ):
-    """Bits of BLOCK pairs of one graph. Grid: first_program with a, b, d, c = 1, 0, BLOCK, 1."""
-    graph, number = find_program(table, num_graphs, tl.program_id(0), 1, 0, BLOCK, 1)
+    """Bits of STRIPS * BLOCK pairs of one graph. Grid: first_program with a, b, d, c = 1, 0, STRIPS * BLOCK, 1."""
+    graph, number = find_program(table, num_graphs, tl.program_id(0), 1, 0, STRIPS * BLOCK, 1)
     first = tl.load(table + num_graphs + 1 + graph)
-    start = number.to(tl.int64) * BLOCK
-    left = tl.load(table + num_graphs + 2 + graph) - first - start
-    if left <= 0:
-        return
-    theta = load_run(logits, first, start, left, BLOCK)
     key_0, key_1, step = load_key(rng)
     identity = graph_id(table, num_graphs, graph)
-    counter = (start >> 2).to(tl.uint32) + tl.arange(0, BLOCK // 4).to(tl.uint32)
-    w0, w1, w2, w3 = philox_words(counter, identity, step, EDGE, key_0, key_1)
-    word = join_lanes(w0, w1, w2, w3)
-    absent_word = word
-    if estimator == SPARSE:
-        w0, w1, w2, w3 = philox_words(counter, identity, step, ABSENT, key_0, key_1)
-        absent_word = join_lanes(w0, w1, w2, w3)
     tau = tl.load(temperature).to(tl.float32)
-    kept = is_kept(theta, word, absent_word, estimator, noise, tau, gamma, zeta, absent_rate)
-    # Neither padding lanes nor NaN logits may leave a bit behind the last pair.
-    kept = tl.where(tl.arange(0, BLOCK) < left, kept, 0)
-
-    out = bits + first_word(table, num_graphs, graph, 1 if DIRECTED else 0, False)
-    if DIRECTED:
-        words = tl.arange(0, BLOCK // 64)
-        forth, back = tl.split(tl.reshape(kept, [BLOCK // 64, 32, 2]))
-        out += (start >> 6) + words
-        tl.store(out, pack_bits(forth), mask=words * 64 < left)
-        tl.store(out + plane_words, pack_bits(back), mask=words * 64 < left)
-    else:
-        words = tl.arange(0, BLOCK // 32)
-        out += (start >> 5) + words
-        tl.store(out, pack_bits(tl.reshape(kept, [BLOCK // 32, 32])), mask=words * 32 < left)
+    mine = bits + first_word(table, num_graphs, graph, 1 if DIRECTED else 0, False)
+    begin = number.to(tl.int64) * (STRIPS * BLOCK)
+    # One program for several strips: finding the graph costs as much as drawing a strip's pairs.
+    for strip in range(tl.cdiv(pairs_left(table, num_graphs, graph, begin, STRIPS * BLOCK), BLOCK)):
+        start = begin + strip * BLOCK
+        left = pairs_left(table, num_graphs, graph, start, BLOCK)
+        theta = load_run(logits, first, start, left, BLOCK)
+        counter = (start >> 2).to(tl.uint32) + tl.arange(0, BLOCK // 4).to(tl.uint32)
+        w0, w1, w2, w3 = philox_words(counter, identity, step, EDGE, key_0, key_1)
+        word = join_lanes(w0, w1, w2, w3)
+        absent_word = word
+        if estimator == SPARSE:
+            w0, w1, w2, w3 = philox_words(counter, identity, step, ABSENT, key_0, key_1)
+            absent_word = join_lanes(w0, w1, w2, w3)
+        # Bits behind the last pair say nothing; readers mask by columns and rows.
+        kept = is_kept(theta, word, absent_word, estimator, noise, tau, gamma, zeta, absent_rate)
+        if DIRECTED:
+            words = tl.arange(0, BLOCK // 64)
+            forth, back = tl.split(tl.reshape(kept, [BLOCK // 64, 32, 2]))
+            out = mine + (start >> 6) + words
+            tl.store(out, pack_bits(forth), mask=words * 64 < left)
+            tl.store(out + plane_words, pack_bits(back), mask=words * 64 < left)
+        else:
+            words = tl.arange(0, BLOCK // 32)
+            out = mine + (start >> 5) + words
+            tl.store(out, pack_bits(tl.reshape(kept, [BLOCK // 32, 32])), mask=words * 32 < left)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -129,7 +136,7 @@ def absent_gradient_kernel(gradient, logits, table, rng, temperature, out, num_g
     graph, number = find_program(table, num_graphs, tl.program_id(0), 1, 0, BLOCK, 1)
     first = tl.load(table + num_graphs + 1 + graph)
     start = number.to(tl.int64) * BLOCK
-    left = tl.load(table + num_graphs + 2 + graph) - first - start
+    left = pairs_left(table, num_graphs, graph, start, BLOCK)
     if left <= 0:
         return
     theta = load_run(logits, first, start, left, BLOCK)
@@ -139,11 +146,11 @@ def absent_gradient_kernel(gradient, logits, table, rng, temperature, out, num_g
     counter = (start >> 2).to(tl.uint32) + tl.arange(0, BLOCK // 4).to(tl.uint32)
     identity = graph_id(table, num_graphs, graph)
     w0, w1, w2, w3 = philox_words(counter, identity, step, EDGE, key_0, key_1)
-    odds = noise_odds(join_lanes(w0, w1, w2, w3), noise, False)
+    over, under = noise_fraction(join_lanes(w0, w1, w2, w3), noise, False)
     tau = tl.load(temperature).to(tl.float32)
-    slope = soft_slope(theta, odds, tau) / tau
+    slope = soft_slope(theta, over, under, tau) / tau
     offsets = tl.arange(0, BLOCK)
-    result = tl.where(is_drawn(theta, odds), 0.0, slope * grad)
+    result = tl.where(is_drawn(theta, over, under), 0.0, slope * grad)
     tl.store(out + first + start + offsets, result, mask=offsets < left)
 
 
@@ -153,7 +160,7 @@ def pair_uniforms_kernel(table, rng, out, num_graphs, stream, BLOCK: tl.constexp
     graph, number = find_program(table, num_graphs, tl.program_id(0), 1, 0, BLOCK, 1)
     first = tl.load(table + num_graphs + 1 + graph)
     start = number.to(tl.int64) * BLOCK
-    left = tl.load(table + num_graphs + 2 + graph) - first - start
+    left = pairs_left(table, num_graphs, graph, start, BLOCK)
     if left <= 0:
         return
     key_0, key_1, step = load_key(rng)

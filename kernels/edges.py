@@ -19,7 +19,8 @@ from . import backward, candidates, compact, draw
 from .launch import LARGEST_INT32, cdiv, check_contiguous, num_programs, on_device
 
 PAIR_BLOCK = 1024
-ENTRY_BLOCK = 256
+DRAW_STRIPS = 4
+ENTRY_BLOCK = 128
 SCAN_BLOCK = 1024
 
 
@@ -48,8 +49,8 @@ class Bits:
         return self.words[-1] if self.padded else self.words
 
 
-def pair_grid(num_pairs: int, num_graphs: int) -> tuple[int]:
-    return (num_programs(1, 0, PAIR_BLOCK, 1, pairs=num_pairs, nodes=0, graphs=num_graphs),)
+def pair_grid(num_pairs: int, num_graphs: int, strips: int = 1) -> tuple[int]:
+    return (num_programs(1, 0, strips * PAIR_BLOCK, 1, pairs=num_pairs, nodes=0, graphs=num_graphs),)
 
 
 def count_words(num_pairs: int, num_nodes: int, num_graphs: int, kind: int, *, padded: bool = False) -> int:
@@ -84,9 +85,9 @@ def sample_edges(
         directed = bool(kind & 2)
         words = count_words(pairs, num_nodes, graphs, kind)
         bits = Bits(torch.empty(2 if directed else 1, words, dtype=torch.int32, device=logits.device))
-        draw.draw_bits_kernel[pair_grid(pairs, graphs)](
+        draw.draw_bits_kernel[pair_grid(pairs, graphs, DRAW_STRIPS)](
             logits, table, rng, temperature, bits.words, graphs, words, estimator, noise, gamma, zeta, absent_rate,
-            DIRECTED=directed, BLOCK=PAIR_BLOCK, num_warps=4,
+            DIRECTED=directed, BLOCK=PAIR_BLOCK, STRIPS=DRAW_STRIPS, num_warps=4,
         )  # fmt: skip
         rows = Compaction(table, kind, num_nodes, pairs, logits.device)
         rows.count(bits)
@@ -277,7 +278,7 @@ def _candidates(
         candidates.candidate_kernel[candidates.tile_grid(pairs, nodes, graphs, kind)](
             left, right, node_term, logits, table, rng, temperature, out, graphs, width,
             kind >> 1 & 1, noise, BUDGET=bool(kind & 1), SLOPE=logits is not None, TILE=candidates.TILE,
-            CHANNELS=candidates.CHANNELS, num_warps=8,
+            CHANNELS=candidates.CHANNELS, num_warps=4, num_stages=2,
         )  # fmt: skip
 
 

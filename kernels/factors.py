@@ -22,11 +22,11 @@ from .edges import Bits, Compaction, count_words
 from .launch import cdiv, check_contiguous, num_programs, on_device, warps
 from .layout import find_program, first_word, graph_id, last_not_above, padded_row, triangle
 from .philox import ABSENT, EDGE, lane_word, load_key, philox_words, uniform
-from .relaxation import SPARSE, absent_chance, is_drawn, noise_odds, soft_slope, value_slope
+from .relaxation import SPARSE, absent_chance, is_drawn, noise_fraction, soft_slope, value_slope
 
 # Rows and columns of a tile; rows and channels of a backward block.
 HIGH = 32
-LOW = 128
+LOW = 64
 CHANNELS = 16
 ENTRIES = 32
 WIDTH = 32
@@ -101,14 +101,14 @@ def draw_factor_bits_kernel(
     quad = ((triangle(high.to(tl.int64)) + low_first) >> 2).to(tl.uint32)
     quad = quad[:, None] + tl.arange(0, LOW // 4).to(tl.uint32)[None, :]
     w0, w1, w2, w3 = philox_words(quad, identity, step, EDGE, key_0, key_1)
-    odds = noise_odds(join_lanes(w0, w1, w2, w3), noise, False)
+    over, under = noise_fraction(join_lanes(w0, w1, w2, w3), noise, False)
     valid = (low >= 0)[None, :] & (low[None, :] < high[:, None])
-    drawn = is_drawn(theta, odds)
+    drawn = is_drawn(theta, over, under)
     tl.store(bits + place, pack_tile(drawn & valid, HIGH, LOW), mask=used)
     if estimator == SPARSE:
         w0, w1, w2, w3 = philox_words(quad, identity, step, ABSENT, key_0, key_1)
         tau = tl.load(temperature).to(tl.float32)
-        chance = absent_chance(soft_slope(theta, odds, tau), absent_rate)
+        chance = absent_chance(soft_slope(theta, over, under, tau), absent_rate)
         sampled = uniform(join_lanes(w0, w1, w2, w3)) < chance
         tl.store(bits + window_words + place, pack_tile((drawn | sampled) & valid, HIGH, LOW), mask=used)
 
@@ -166,9 +166,9 @@ def factor_pair_gradient_kernel(
     local = tl.load(pair + entry, mask=stored, other=0) - tl.load(table + num_graphs + 1 + graph)
     identity = tl.load(table + 2 * (num_graphs + 1) + graph).to(tl.uint32)
     key_0, key_1, step = load_key(rng)
-    odds = noise_odds(lane_word(local, identity, step, EDGE, key_0, key_1), noise, False)
+    over, under = noise_fraction(lane_word(local, identity, step, EDGE, key_0, key_1), noise, False)
     tau = tl.load(temperature).to(tl.float32)
-    slope = value_slope(theta, odds, tau, estimator, 0.0, 1.0, absent_rate)
+    slope = value_slope(theta, over, under, tau, estimator, 0.0, 1.0, absent_rate)
     tl.store(grad_theta + entry, slope * grad, mask=stored)
 
 
@@ -236,7 +236,7 @@ def sample_factor_edges(
     def draw(bits: Bits) -> None:
         draw_factor_bits_kernel[grid](
             z, bias, table, rng, temperature, bits.words, graphs, width, bits.window_first, length, estimator, noise,
-            absent_rate, HIGH=HIGH, LOW=LOW, CHANNELS=CHANNELS, num_warps=warps(8, 4),
+            absent_rate, HIGH=HIGH, LOW=LOW, CHANNELS=CHANNELS, num_warps=warps(4, 2), num_stages=1,
         )  # fmt: skip
 
     with on_device(z):

@@ -48,7 +48,8 @@ def last_not_above(sorted_values, low, high, depth, wanted):
     `low` and `high` (blocks) bracket the answer, 2^depth at least their distance.
     """
     for _ in range(depth):
-        middle = (low + high) >> 1
+        # Unlike (low + high) / 2 within int32 for any two positions.
+        middle = low + ((high - low) >> 1)
         fits = tl.load(sorted_values + middle) <= wanted
         low = tl.where(fits, middle, low)
         high = tl.where(fits, high, middle)

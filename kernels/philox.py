@@ -38,14 +38,13 @@ def philox_words(quad, graph_id, step, stream_tag, key_0, key_1):
     c2 = step
     c3 = tl.cast(stream_tag, tl.uint32)
     for _ in tl.static_range(ROUNDS):
-        high_0 = tl.umulhi(c0, MULTIPLIER_0)
-        low_0 = c0 * MULTIPLIER_0
-        high_1 = tl.umulhi(c2, MULTIPLIER_1)
-        low_1 = c2 * MULTIPLIER_1
-        c0 = high_1 ^ c1 ^ key_0
-        c1 = low_1
-        c2 = high_0 ^ c3 ^ key_1
-        c3 = low_0
+        # One wide multiplication each, where tl.umulhi and a product would be two.
+        wide_0 = c0.to(tl.uint64) * MULTIPLIER_0
+        wide_1 = c2.to(tl.uint64) * MULTIPLIER_1
+        c0 = (wide_1 >> 32).to(tl.uint32) ^ c1 ^ key_0
+        c1 = wide_1.to(tl.uint32)
+        c2 = (wide_0 >> 32).to(tl.uint32) ^ c3 ^ key_1
+        c3 = wide_0.to(tl.uint32)
         key_0 = key_0 + KEY_STEP_0
         key_1 = key_1 + KEY_STEP_1
     return c0, c1, c2, c3
@@ -60,6 +59,12 @@ def lane_word(pair, graph_id, step, stream_tag, key_0, key_1):
 
 
 @triton.jit
+def scaled_uniform(word):
+    """2^24 u, an odd integer below 2^24 as float32, for u = ((word >> 9) + 1/2) 2^-23."""
+    return ((word >> 8) | 1).to(tl.float32)
+
+
+@triton.jit
 def uniform(word):
-    """((word >> 9) + 1/2) 2^-23: exact in float32, never 0 and never 1."""
-    return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    """u, exact in float32, never 0 and never 1."""
+    return scaled_uniform(word) * 5.9604644775390625e-08

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import LAYOUT_KINDS, make_layout, normal
-from triton_gpu_cases import check_rows, check_sample
+from triton_gpu_cases import MARGIN, Draw, check_rows, check_sample
 
 import acgkd_fast as af
 from acgkd_fast import _library, edges, kernels
@@ -100,29 +100,36 @@ def test_gradients_against_float64(kind, name, dtype):
     temperature = torch.full((1,), 0.8, dtype=torch.float64, device="cuda")
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 2e-5}
 
-    def compare(operator: str, arguments: tuple) -> None:
+    def margin(estimator: str, noise: str) -> torch.Tensor:
+        draw = Draw(3, 4, temperature=0.8, estimator=estimator, noise=noise, absent_rate=0.25)
+        return draw.decide(layout, torch.arange(layout.num_pairs, device="cuda"), logits.double())[2]
+
+    def compare(operator: str, arguments: tuple, margin: torch.Tensor) -> None:
         wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in arguments]
         got = getattr(OPS, operator)(*arguments)
         same_bits([got], [getattr(OPS, operator)(*arguments)])
         want = _library.reference(operator)(*wide)
         # A pair on the threshold may count as drawn in one and as absent in the other.
-        off = ~torch.isclose(got.double(), want, **tolerance)
-        assert off.sum() <= 1e-5 * off.numel(), (operator, int(off.sum()), off.numel())
+        off = ~torch.isclose(got.double(), want, **tolerance) & (margin > MARGIN)
+        assert not off.any(), (operator, int(off.sum()), off.numel())
 
     shared = (logits, layout.table, rng, temperature, layout.kind)
     for estimator, noise in CASES:
         settings = (ESTIMATORS.index(estimator), edges.NOISES.index(noise), -0.1, 1.1, 0.25)
         value, rowptr, col, pair, _ = OPS.sample_edges(*shared, *settings, layout.num_nodes, -1)
         grad = torch.randn_like(value)
-        compare("sample_edges_backward", (grad, rowptr, col, pair, *shared, *settings))
+        arguments = (grad, rowptr, col, pair, *shared, *settings)
+        compare("sample_edges_backward", arguments, margin(estimator, noise))
+    margins = [margin("straight_through", noise) for noise in edges.NOISES]
     for width in (1, 20, 64):
         left = torch.randn(layout.num_nodes, width, device="cuda").to(dtype)
         right, term = torch.randn_like(left), torch.randn_like(left[:, 0])
-        compare("candidate_gradient", (left, right, term, layout.table, layout.kind, layout.num_pairs))
+        arguments = (left, right, term, layout.table, layout.kind, layout.num_pairs)
+        compare("candidate_gradient", arguments, torch.ones_like(margins[0]))
         for noise in range(2):
-            compare("candidate_backward", (left, right, term, *shared, noise))
+            compare("candidate_backward", (left, right, term, *shared, noise), margins[noise])
     for noise in range(2):
-        compare("candidate_port_backward", (torch.randn_like(logits), *shared, noise))
+        compare("candidate_port_backward", (torch.randn_like(logits), *shared, noise), margins[noise])
 
 
 @pytest.mark.parametrize("kind", LAYOUT_KINDS)
@@ -166,7 +173,9 @@ def test_factorised_logits(estimator, dtype, name, monkeypatch):
         sample = af.sample_edges(FactorLogits(z, bias), layout, **options)
         dense = FactorLogits(z.detach().double(), bias.detach().double()).to_dense(layout)
         check_sample(sample, dense, **options)
-        grad = torch.randn_like(sample.value)
+        # On the threshold forward, backward and the formula may take a pair for drawn or for absent.
+        margin = Draw(**options).decide(layout, sample.pair, dense[sample.pair])[2]
+        grad = torch.randn_like(sample.value) * (margin > MARGIN)
         gradients = torch.autograd.grad(sample.value, (z, bias), grad, retain_graph=True)
         same_bits(gradients, torch.autograd.grad(sample.value, (z, bias), grad))
         wide = [t.detach().double() for t in (grad, z, bias)]
@@ -240,6 +249,44 @@ def test_no_host_read_with_capacity():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_step_with_numbers_for_seed_and_temperature_does_not_wait(estimator):
+    """What a user writes first: no copy from the host, forward or backward."""
+    layout = make_layout("complete", [30, 40], device="cuda")
+    logits = logits_on_gpu(layout).requires_grad_()
+
+    def step() -> None:
+        sample = af.sample_edges(
+            logits, layout, seed=2**63 + 1, step=2, temperature=0.5, estimator=estimator, capacity=5000
+        )
+        if estimator != "arm":
+            sample.value.sum().backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", LAYOUT_KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_that_begin_anywhere(kind, dtype):
+    """A slice of a longer tensor is contiguous, but not a multiple of 16 bytes."""
+    layout = make_layout(kind, [3, 100, 7], device="cuda")
+    logits = logits_on_gpu(layout, dtype)
+    moved = torch.empty(layout.num_pairs + 3, dtype=dtype, device="cuda")[3:].copy_(logits)
+    found = []
+    for values in (logits, moved):
+        leaf = values.detach().requires_grad_()
+        sample = af.sample_edges(leaf, layout, seed=4, estimator="straight_through")
+        (grad,) = torch.autograd.grad((sample.value.sum(), sample.port.sum()), leaf)
+        found.append((*tensors(sample), grad))
+    assert found[1][-1].any()
+    same_bits(*found)
+
+
 def enough_memory(bytes_needed: float) -> None:
     free, _ = torch.cuda.mem_get_info()
     if free < bytes_needed:
@@ -305,13 +352,16 @@ def test_memory_checker_finds_nothing():
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         pytest.skip("compute-sanitizer is not installed")
-    script = Path(__file__).with_name("triton_sanitize.py")
+    # conftest stands in for hypothesis where that is missing; an environment may keep folders off the path.
+    script = "import conftest, triton_sanitize; triton_sanitize.main()"
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
-        [tool, "--tool", "memcheck", "--error-exitcode", "99", sys.executable, str(script)],
+        [tool, "--tool", "memcheck", "--error-exitcode", "99", sys.executable, "-c", script],
         capture_output=True,
         text=True,
         env=environment,
+        timeout=1500,
     )
     output = done.stdout + done.stderr
     if "Device not supported" in output:

@@ -53,7 +53,7 @@ class Draw:
             return torch.ones_like(stored), soft, torch.ones_like(margin)
         if self.estimator == "hard_concrete":
             stretched = soft * (self.zeta - self.gamma) + self.gamma
-            return stretched > 0, stretched.clamp(0, 1), stretched.abs()
+            return stretched > 0, stretched.clamp(0, 1), torch.minimum(stretched.abs(), (1 - stretched).abs())
         value = stored.double()
         if self.estimator == "sparse_straight_through":
             chance = (4 * self.absent_rate * soft * (1 - soft)).clamp(max=1)

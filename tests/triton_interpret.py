@@ -19,12 +19,14 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from acgkd_fast.kernels import edges, factors
 from helpers import LAYOUT_KINDS, make_layout, normal
 
 from acgkd_fast import _library
 from acgkd_fast.edges import factorised
 from acgkd_fast.edges.estimators import Estimator, Noise
+from acgkd_fast.kernels import edges, factors
+from acgkd_fast.kernels.backward import twin_entry
+from acgkd_fast.kernels.layout import last_not_above
 from acgkd_fast.layout import PairLayout
 
 Case = Callable[[], None]
@@ -161,6 +163,25 @@ def candidate_gradients(kind: str, sizes: list[int], width: int) -> None:
         torch.testing.assert_close(got, oracle("candidate_port_backward", want, *shared), **tolerances)
 
 
+@triton.jit
+def bisection_kernel(rowptr, col, out, begin, wanted):
+    lane = tl.arange(0, 2)
+    row = wanted + lane
+    tl.store(out + lane, twin_entry(rowptr, col, row, 0 * lane, row >= 0))
+    low = begin + 0 * lane
+    tl.store(out + 2 + lane, last_not_above(col, low, low + 40, 6, row))
+
+
+def positions_above_2_to_30() -> None:
+    """Where the sum of two positions leaves int32. Memory that nobody touches is not taken."""
+    begin = 2**30
+    col = torch.from_numpy(np.zeros(begin + 40, np.int32))
+    col[begin:] = torch.arange(40)
+    rowptr, out = torch.tensor([begin, begin + 40], dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    bisection_kernel[(1,)](rowptr, col, out, begin, 7)
+    assert (out - begin).tolist() == [7, 8, 7, 8]
+
+
 def factorised_logits(window_words: int, sizes: list[int]) -> None:
     """One window, and several that split graphs and rows; gradients of z and bias."""
     layout = make_layout("complete", sizes, graph_ids=[7 + 3 * g for g in range(len(sizes))])
@@ -197,6 +218,7 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "block size and batch order", block_size_and_batch_order
     yield "empty batches", empty_batches
     yield "extreme logits", extreme_logits
+    yield "positions above 2^30", positions_above_2_to_30
     yield "factorised logits", lambda: factorised_logits(2**26, [1, 5, 2, 34])
     yield "factorised logits in windows", lambda: factorised_logits(40, [5, 34])
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel once on small inputs, for compute-sanitizer. A script."""
+"""Every Triton kernel once on small inputs, for compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,3 @@ def main() -> None:
     sample.value.sum().backward()
     torch.cuda.synchronize()
     print("all kernels ran")
-
-
-if __name__ == "__main__":
-    main()

@@ -26,9 +26,16 @@ assert ops.SAMPLE_EDGES  # importing the module declares the operators
 def stream_key(seed: int | torch.Tensor, step: int | torch.Tensor, device: torch.device) -> torch.Tensor:
     """(seed, step) as int64 [2] on the device; tensors are taken without a host read."""
     words = [_word("seed", seed, -(2**63), 2**64), _word("step", step, 0, 2**32)]
-    if isinstance(words[0], int) and isinstance(words[1], int):
-        return torch.tensor(words, dtype=torch.int64, device=device)
-    return torch.stack([torch.as_tensor(word, dtype=torch.int64, device=device).reshape(()) for word in words])
+    if device.type == "cpu" and isinstance(words[0], int) and isinstance(words[1], int):
+        return torch.tensor(words, dtype=torch.int64)
+
+    def on_device(word: int | torch.Tensor) -> torch.Tensor:
+        if isinstance(word, torch.Tensor):
+            return word.to(device=device, dtype=torch.int64).reshape(())
+        # A copy from the host would wait for the device and could not be captured; a fill does neither.
+        return torch.full((), word, dtype=torch.int64, device=device)
+
+    return torch.stack([on_device(word) for word in words])
 
 
 def _word(name: str, value: int | torch.Tensor, low: int, high: int) -> int | torch.Tensor:
