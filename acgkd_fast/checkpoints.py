@@ -17,6 +17,7 @@ from .files import load_tensors, save_tensors
 from .formats.pickles import load_pickle, save_pickle
 from .graphs import EdgeSample, GraphBatch
 from .nn.models import GraphClassifier, build_model, parse_arch
+from .nn.projected import Classifier, LinearHead, ProjectedClassifier, Projector
 
 _MODEL, _GRAPHS = "model", "graphs"
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16)
@@ -29,51 +30,76 @@ _GRAPH_TENSORS = {
 }
 
 
-def save_model(path: str | Path, model: GraphClassifier, extra: dict[str, Any] | None = None) -> None:
+def save_model(path: str | Path, model: Classifier, extra: dict[str, Any] | None = None) -> None:
     """Write a model with all that is needed to build it again.
 
     Args:
         path: the file; replaced atomically.
-        model: a graph classifier of this package.
+        model: a graph classifier of this package, or a student with a projector and the linear
+            classifier of such a teacher; all of its parts go into the file.
         extra: JSON-able facts to keep beside it, such as ``feature_kind`` or the training settings.
 
     Raises:
         InputError: another kind of module, or a key of `extra` that the format uses itself.
         DataError: the file cannot be written.
     """
-    if not isinstance(model, GraphClassifier):
+    linear = isinstance(model, ProjectedClassifier) and isinstance(model.head, LinearHead)
+    if not (isinstance(model, GraphClassifier) or linear):
+        got = type(model).__name__ + (
+            " with the head of another module" if isinstance(model, ProjectedClassifier) else ""
+        )
         raise InputError(
-            f"model: expected a GraphClassifier, got {type(model).__name__} (torch.save keeps modules of other classes)"
+            f"model: expected a GraphClassifier or a ProjectedClassifier with a linear head, got {got} (torch.save "
+            "keeps modules of other classes)"
         )
     description = {
         "arch": model.arch,
         "num_features": model.num_features,
         "num_classes": model.num_classes,
-        "readout": model.readout,
+        "readout": model.readout if isinstance(model, GraphClassifier) else model.head.readout,
         "dropout": model.dropout.p,
     }
+    if isinstance(model, ProjectedClassifier):
+        description["projector"] = {"width": model.head_width, **model.projector.description()}
     save_tensors(path, model.state_dict(), _metadata(_MODEL, description, extra))
 
 
-def load_model(path: str | Path) -> tuple[GraphClassifier, dict[str, Any]]:
+def load_model(path: str | Path) -> tuple[Classifier, dict[str, Any]]:
     """Read what :func:`save_model` wrote.
 
     Returns:
-        The model in eval mode on the CPU, and the metadata: ``arch``, ``num_features``,
-        ``num_classes``, ``readout``, ``dropout``, ``versions`` and everything given as `extra`.
+        The model in eval mode on the CPU, and the metadata: ``arch``, ``num_features``, ``num_classes``,
+        ``readout``, ``dropout``, ``versions``, for a projected student ``projector``, and everything given as `extra`.
 
     Raises:
         DataError: no file, not a model, or tensors that do not fit or are not finite; it names them.
     """
     tensors, metadata = _load(path, _MODEL)
     try:
-        names = ("arch", "num_features", "num_classes")
-        options = {name: metadata[name] for name in ("readout", "dropout")}
-        model = build_model(*(metadata[name] for name in names), **options)
+        model = _described(metadata)
     except (KeyError, TypeError, InputError) as error:
         raise DataError(f"{path}: expected the description of a model, got a damaged one ({error})") from error
     _fill(path, model, tensors)
     return model.eval(), metadata
+
+
+def _described(metadata: Mapping[str, Any]) -> Classifier:
+    arch, num_features, num_classes, dropout, readout = (
+        metadata[name] for name in ("arch", "num_features", "num_classes", "dropout", "readout")
+    )
+    if "projector" not in metadata:
+        return build_model(arch, num_features, num_classes, readout=readout, dropout=dropout)
+    options = dict(metadata["projector"])
+    width = options.pop("width")
+    return ProjectedClassifier(
+        arch,
+        num_features,
+        num_classes,
+        projector=Projector(options.pop("kind"), parse_arch(arch)[2], width, **options),
+        head=LinearHead(width, num_classes, readout),
+        head_width=width,
+        dropout=dropout,
+    )
 
 
 def save_graphs(path: str | Path, graphs: GraphBatch, extra: dict[str, Any] | None = None) -> None:

@@ -141,6 +141,13 @@ def train_teacher(
 @click.option("--learn-steps", type=int, help="Steps of the gradient stage; 0 leaves it out.")
 @click.option("--refine-steps", type=int, help="Steps of the search; 0 leaves it out.")
 @click.option("--epochs", type=int, help="Epochs of the student.")
+@click.option("--reuse-classifier/--own-classifier", default=None, help="Let the teacher's frozen classifier answer.")
+@click.option("--projector", help="How a reused classifier is reached: gat, linear or none [default: gat].")
+@click.option("--feature-weight", type=float, help="Factor of feature matching; needs --reuse-classifier.")
+@click.option(
+    "--curriculum", help="Easy graphs first, by teacher_loss, disagreement, edges, nodes or degree [default: none]."
+)
+@click.option("--adversary", help="Adversarial temperature: global, graph or fixed (off) [default: fixed].")
 @click.option("--students", default=1, show_default=True, help="Students per row of the table, seeds counting up.")
 @click.option("--eval-dataset", help="Measure on this TUDataset's held-out graphs, after the run.")
 @click.option("--data-root", type=_FOLDER, help="Folder that holds the evaluation data set.")
@@ -193,6 +200,11 @@ def _changes(options: dict[str, Any]) -> dict[str, Any]:
         "learn.steps": options["learn_steps"],
         "refine.steps": options["refine_steps"],
         "student.epochs": options["epochs"],
+        "student.reuse_classifier": options["reuse_classifier"],
+        "student.projector": options["projector"],
+        "student.feature_weight": options["feature_weight"],
+        "student.curriculum.difficulty": options["curriculum"],
+        "student.adversary.mode": options["adversary"],
     }
     return {name: value for name, value in named.items() if value is not None}
 

@@ -16,11 +16,14 @@ from .graphs import GraphBatch
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_CURVES = {
-    "learn": ("Learn: terms of the loss", ("loss", "cross_entropy", "batch_norm")),
-    "refine": ("Refine: divergence K and cross-entropy", ("k", "cross_entropy")),
-    "student": ("Student: distillation loss", ("loss",)),
-}
+# (stage, title, measurements)
+_CURVES = (
+    ("learn", "Learn: terms of the loss", ("loss", "cross_entropy", "batch_norm")),
+    ("refine", "Refine: divergence K and cross-entropy", ("k", "cross_entropy")),
+    ("student", "Student: distillation loss", ("loss",)),
+    ("student", "Student: share of the graphs visited", ("share",)),
+    ("student", "Student: adversarial temperature", ("temperature",)),
+)
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; } td, th { padding: .25rem .75rem; border-bottom: 1px solid #ccc; text-align: left; }
@@ -42,6 +45,8 @@ def write_report(run: Path, rows: Sequence[dict[str, Any]], graphs: GraphBatch, 
         The path of the page. Without matplotlib it holds no pictures and says so.
     """
     parts = ["<h1>Distillation report</h1>", _table([row for row in rows if row["stage"] == "result"])]
+    parts += [_sizes(row) for row in rows if row["stage"] == "parameters"]
+    parts += _agreement([row for row in rows if row["stage"] == "agreement"])
     try:
         import matplotlib  # noqa: F401
 
@@ -70,6 +75,17 @@ def result_table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def parameter_line(counts: dict[str, int]) -> str:
+    """Sizes of teacher and student in one line; see :func:`acgkd_fast.distill.projector.parameter_counts`."""
+    text = f"parameters: teacher {counts['teacher']}, student {counts['student']}"
+    if counts["reused_classifier"]:
+        text += (
+            f" (trained {counts['trained']}, of which projector {counts['projector']}; reused classifier "
+            f"{counts['reused_classifier']})"
+        )
+    return text
+
+
 def _accuracy(row: dict[str, Any]) -> str:
     text = f"{100 * row['accuracy']:5.1f} %"
     if row.get("seeds", 1) > 1:
@@ -87,16 +103,37 @@ def _table(results: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _sizes(row: dict[str, Any]) -> str:
+    names = ("teacher", "student", "trained", "projector", "reused_classifier")
+    body = "".join(f"<tr><td>{name.replace('_', ' ')}</td><td>{row[name]}</td></tr>" for name in names)
+    return f"<h2>Parameters</h2><table>{body}</table>"
+
+
+def _agreement(rows: Sequence[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    body = "".join(
+        f"<tr><td>seed {row['step']}</td><td>{100 * row['agreement']:.1f} %</td><td>{row['divergence']:.3g}</td></tr>"
+        for row in rows
+    )
+    return [
+        "<h2>Agreement of student and teacher on the pseudo-graphs</h2><table><tr><th>student</th><th>same class"
+        f"</th><th>divergence</th></tr>{body}</table>"
+    ]
+
+
 def _curves(rows: Sequence[dict[str, Any]]) -> list[str]:
     from matplotlib.figure import Figure
 
     parts = []
-    for stage, (title, names) in _CURVES.items():
+    for stage, title, names in _CURVES:
         # Students are numbered by their seeds; the first one stands for all.
         runs = [row["stage"] for row in rows if row["stage"].split("-")[0] == stage]
         if not runs:
             continue
         points = [row for row in rows if row["stage"] == runs[0]]
+        if not any(name in row for row in points for name in names):
+            continue
         figure = Figure(figsize=(7, 2.6), layout="constrained")
         axes = figure.subplots()
         for name in names:

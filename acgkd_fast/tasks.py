@@ -14,7 +14,8 @@ from .distill.run import Evaluation, Progress, Run
 from .errors import InputError
 from .graphs import GraphBatch
 from .nn.models import GraphClassifier
-from .report import result_table
+from .nn.projected import Classifier
+from .report import parameter_line, result_table
 from .teachers import as_teacher, default_epochs, evaluate, train_classifier
 
 
@@ -94,7 +95,7 @@ def distill_file(
     data_root: Path | None,
     progress: Progress,
 ) -> str:
-    """Distil a saved teacher into a run folder; returns the table, empty without an evaluation data set."""
+    """Distil a saved teacher into a run folder; returns the sizes, and with an evaluation data set the table."""
     model, metadata = load_model(teacher)
     if resume and config_file is None and not changes:
         # The folder knows its settings; giving them again is allowed, changing them is not.
@@ -109,10 +110,11 @@ def distill_file(
         evaluation = _evaluation(eval_dataset, data_root, model, metadata)
     run = Run(out, model, config, student=student, teacher_name=str(teacher), resume=resume, progress=progress)
     results = run.execute(evaluation, students=students)
-    return result_table(results) if results else ""
+    sizes = parameter_line(run.parameters)
+    return f"{sizes}\n{result_table(results)}" if results else sizes
 
 
-def _evaluation(name: str, data_root: Path | None, model: GraphClassifier, metadata: dict[str, Any]) -> Evaluation:
+def _evaluation(name: str, data_root: Path | None, model: Classifier, metadata: dict[str, Any]) -> Evaluation:
     if data_root is None:
         raise InputError("data-root: expected the folder of --eval-dataset, got none")
     data = _dataset_for(model, name, data_root)
@@ -120,7 +122,7 @@ def _evaluation(name: str, data_root: Path | None, model: GraphClassifier, metad
     return Evaluation(name, test, train)
 
 
-def _dataset_for(model: GraphClassifier, name: str, data_root: Path) -> GraphDataset:
+def _dataset_for(model: Classifier, name: str, data_root: Path) -> GraphDataset:
     """The data set with the features that the model takes."""
     data = load_dataset(name, data_root, max_degree=model.num_features - 1)
     have, want = data.num_features, model.num_features

@@ -14,6 +14,7 @@ from .files import load_state, save_state
 from .graphs import GraphBatch
 
 BatchLoss = Callable[[GraphBatch, torch.Tensor], torch.Tensor]
+EpochPlan = Callable[[int, GraphBatch], "torch.Tensor | None"]
 Progress = Callable[[int, dict[str, float]], None]
 
 
@@ -57,11 +58,15 @@ def fit(
     lr: float,
     weight_decay: float = 0.0,
     batch_size: int = 32,
+    clip_norm: float = 0.0,
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: int = 10,
     stamp: dict[str, Any] | None = None,
+    companion: nn.Module | None = None,
+    begin_epoch: EpochPlan | None = None,
+    measure: Callable[[], dict[str, float]] | None = None,
 ) -> None:
     """Train a module in place; the last epoch stands, nothing is selected.
 
@@ -70,12 +75,18 @@ def fit(
         pool: the graphs, or a function of the epoch that draws them anew.
         loss: of one mini-batch, given the graphs and their positions in the pool.
         epochs, lr, weight_decay, batch_size: Adam; lr falls linearly to 0 over the epochs.
+        clip_norm: the gradient of all parameters together is shortened to this length; 0 leaves it as it is.
         seed: order of the mini-batches and dropout.
-        progress: called with (epoch, {"loss": mean}) after every epoch.
+        progress: called with (epoch, {"loss": mean}) after every epoch, and with what `measure` returns.
         checkpoint: file that holds the state every `checkpoint_every` epochs; when it is there
             already, training goes on from it and ends with the very same weights.
         stamp: JSON-able facts that a checkpoint must agree on to be continued; the numbers above
             always count among them.
+        companion: parameters that learn beside the model's, by the same optimizer, such as a temperature's;
+            part of the checkpoint.
+        begin_epoch: called with (epoch from 0, graphs) before every epoch; returns the positions of the
+            graphs that the epoch visits, int64, or None for all.
+        measure: called after every epoch.
 
     Raises:
         InputError: epochs, lr, batch_size or seed out of range, or fewer than two nodes to learn from.
@@ -85,47 +96,84 @@ def fit(
     check(lr > 0, "lr", "a number above 0", lr)
     check(batch_size >= 1, "batch_size", "at least 1", batch_size)
     check(0 <= seed < 2**40, "seed", "a number in 0..2^40-1", seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    check(clip_norm >= 0, "clip_norm", "a number of 0 or more", clip_norm)
+    learners = nn.ModuleList([model] if companion is None else [model, companion])
+    learned = [parameter for parameter in learners.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(learned, lr=lr, weight_decay=weight_decay, fused=True)
     numbers = {"epochs": epochs, "lr": lr, "weight_decay": weight_decay, "batch_size": batch_size, "seed": seed}
-    stamp = {**numbers, **(stamp or {})}
+    stamp = {**numbers, "clip_norm": clip_norm, **(stamp or {})}
     first = 0
     if checkpoint is not None and checkpoint.exists():
-        first = _restore(checkpoint, stamp, model, optimizer)
+        first = _restore(checkpoint, stamp, learners, optimizer)
     model.train()
     for epoch in range(first, epochs):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1.0 - epoch / epochs)
         graphs = pool(epoch) if callable(pool) else pool
-        mean_loss = _run_epoch(model, graphs, loss, optimizer, batch_size, seed, epoch)
+        visited = None if begin_epoch is None else begin_epoch(epoch, graphs)
+        mean_loss = _run_epoch(graphs, visited, loss, optimizer, learned, batch_size, clip_norm, seed, epoch)
+        figures = {} if measure is None else measure()
         if progress is not None:
-            progress(epoch + 1, {"loss": mean_loss})
+            progress(epoch + 1, {"loss": mean_loss, **figures})
         if checkpoint is not None and (epoch + 1) % checkpoint_every == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {"model": learners.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(checkpoint, {"epoch": epoch + 1, "stamp": stamp, **state})
     model.eval()
 
 
+@torch.no_grad()
+def recalibrate_batch_norm(model: nn.Module, graphs: GraphBatch, call: Callable[[GraphBatch], Any]) -> None:
+    """Set the statistics of every BatchNorm that learns to those of all the graphs together.
+
+    Running averages lag behind the weights and are those of mini-batches, each with its own noise; a sum over
+    the nodes of a graph turns a small shift of them into a large one of the logits.
+
+    Args:
+        model: in eval mode; stays in it.
+        graphs: all that the model learned from; one pass holds them at once.
+        call: runs the model on them.
+    """
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm1d) and layer.running_mean is not None]
+    norms = [layer for layer in norms if layer.weight is None or layer.weight.requires_grad]
+    momenta = [layer.momentum for layer in norms]
+    try:
+        for layer in norms:
+            layer.train()
+            layer.momentum = 1.0
+        call(graphs)
+    finally:
+        for layer, momentum in zip(norms, momenta, strict=True):
+            layer.eval()
+            layer.momentum = momentum
+
+
 def _run_epoch(
-    model: nn.Module,
     graphs: GraphBatch,
+    visited: torch.Tensor | None,
     loss: BatchLoss,
     optimizer: torch.optim.Optimizer,
+    learned: list[nn.Parameter],
     batch_size: int,
+    clip_norm: float,
     seed: int,
     epoch: int,
 ) -> float:
     device = graphs.x.device
+    positions = torch.arange(graphs.num_graphs) if visited is None else visited.cpu()
     total = torch.zeros((), device=device)
     # Dropout draws from torch's global stream; the caller's stream is put back afterwards.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed((seed << 20) + epoch)
-        for positions in shuffled_batches(graphs.sizes, batch_size, seed, epoch):
-            value = loss(graphs.select(positions), positions)
+        for part in shuffled_batches(graphs.sizes.cpu()[positions], batch_size, seed, epoch):
+            chosen = positions[part]
+            value = loss(graphs.select(chosen), chosen)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
+            if clip_norm:
+                nn.utils.clip_grad_norm_(learned, clip_norm)
             optimizer.step()
-            total += value.detach() * positions.numel()
-    return float(total) / max(graphs.num_graphs, 1)
+            total += value.detach() * chosen.numel()
+    return float(total) / max(positions.numel(), 1)
 
 
 def _restore(checkpoint: Path, stamp: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

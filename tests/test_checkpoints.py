@@ -197,7 +197,7 @@ def test_damaged_models_are_named(tmp_path, change, metadata, message):
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path):
-    with pytest.raises(InputError, match="model: expected a GraphClassifier, got Linear"):
+    with pytest.raises(InputError, match=r"model: expected a GraphClassifier or a ProjectedClassifier .*, got Linear"):
         save_model(tmp_path / "a", nn.Linear(2, 2))
     with pytest.raises(InputError, match=r"extra: .* got arch"):
         save_model(tmp_path / "a", build_model("gcn2-4", 3, 2), {"arch": "gin"})

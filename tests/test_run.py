@@ -29,7 +29,7 @@ from acgkd_fast.teachers import as_teacher
 DATA = Path(__file__).parents[2] / "shared" / "data"
 WIDTH = 3
 
-pytestmark = pytest.mark.filterwarnings("ignore:k. expected at most:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:k. expected at most:RuntimeWarning", "ignore:student. expected the")
 
 
 def make_teacher(path=None, width=WIDTH):
@@ -190,7 +190,16 @@ def test_folders_in_use_and_settings_that_differ(tmp_path):
         ({"refine.temperature": -1.0}, "temperature"),
         ({"refine.share": 0.0}, "share"),
         ({"student.temperature": 0.0}, "temperature"),
-        ({"student.loss": "l7"}, "loss: expected one of"),
+        ({"student.loss": "l7"}, "loss"),
+        ({"student.kl_weight": 0.0}, "kl_weight, mse_weight, feature_weight: expected one of them above 0"),
+        ({"student.feature_weight": 1.0}, "feature_weight: expected 0 without reuse_classifier"),
+        ({"student.projector": "mlp"}, "projector: expected one of gat, linear, none"),
+        ({"student.curriculum.difficulty": "size"}, "difficulty: expected one of"),
+        ({"student.curriculum.start_share": 0.0}, "start_share: expected a number in"),
+        ({"student.curriculum": "teacher_loss"}, "config.student.curriculum: expected an object of settings"),
+        ({"student.adversary.mode": "local"}, "mode: expected one of"),
+        ({"student.adversary.low": 30.0}, "low, high: expected 0 < low < high"),
+        ({"student.adversary.mode": "global", "student.temperature": 1.0}, "temperature: expected a start between"),
         ({"student.redraw": True}, "redraw"),
         ({"learn.stepps": 3}, "stepps"),
         ({"nonsense": 3}, "nonsense"),

@@ -10,9 +10,11 @@ from typing import Any
 
 from ..errors import DataError, InputError, check
 from ..pseudo_graphs import GraphPrior
+from .curriculum import CurriculumSettings
 from .inversion import LearnSettings
 from .refine import RefineSettings
 from .student import StudentSettings
+from .temperature import AdversarySettings
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ def _build(cls: type[Any], values: dict[str, Any], where: str) -> Any:
     arguments = {}
     for name, value in values.items():
         nested = _NESTED.get(name)
-        arguments[name] = _build(nested, value, f"{where}.{name}") if nested and isinstance(value, dict) else value
+        if nested and not isinstance(value, dict):
+            raise InputError(f"{where}.{name}: expected an object of settings, got {value!r}")
+        arguments[name] = _build(nested, value, f"{where}.{name}") if nested else value
     try:
         return cls(**arguments)
     except TypeError as error:
@@ -107,4 +111,6 @@ _NESTED: dict[str, type[Any]] = {
     "learn": LearnSettings,
     "refine": RefineSettings,
     "student": StudentSettings,
+    "curriculum": CurriculumSettings,
+    "adversary": AdversarySettings,
 }

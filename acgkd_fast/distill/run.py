@@ -14,7 +14,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from ..checkpoints import load_graphs, load_model, save_graphs, save_model
 from ..errors import InputError, check
 from ..files import load_state, save_state, write_text
 from ..graphs import GraphBatch
-from ..nn.models import GraphClassifier, parse_arch
+from ..nn.models import parse_arch
+from ..nn.projected import Classifier
 from ..pseudo_graphs import PseudoGraphs
 from ..report import write_report
 from ..teachers import Teacher, as_teacher, evaluate
@@ -35,12 +36,15 @@ from .config import RunConfig
 from .inversion import Learner
 from .metrics import MetricsLog
 from .pool import random_pool, start_graphs
+from .projector import ForeignHead, equal_size_arch, parameter_counts, teacher_parts
 from .refine import Refiner
-from .student import distill_student, new_student
+from .student import Pool, StudentSettings, distill_student, new_student, pool_agreement
 
 _SAVE_SECONDS = 20.0
 _REFINE_STEPS = 50
 _LEARN_STEPS = 10
+# Students that agree less with their teacher on the very graphs they learned from have not learned.
+_AGREEMENT = 0.9
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
@@ -74,7 +78,11 @@ class Run:
         progress: called with (stage, step, of how many, values).
 
     Raises:
-        InputError: a folder in use, nothing to resume, or a folder whose settings differ.
+        InputError: a folder in use, nothing to resume, a folder whose settings differ, or a teacher whose
+            classifier cannot be reused where the settings ask for it.
+
+    Attributes:
+        parameters: sizes of teacher and student, see :func:`~.projector.parameter_counts`.
     """
 
     def __init__(
@@ -93,6 +101,8 @@ class Run:
         self.teacher = as_teacher(teacher)
         self.config = config
         self.student = student
+        self._check_reuse()
+        self.parameters = parameter_counts(self.teacher, new_student(self.teacher, student, 0, config.student))
         self._progress = progress or (lambda *_: None)
         self.description = {
             "teacher": teacher_name,
@@ -106,6 +116,16 @@ class Run:
         }
         self._open(resume)
         self.metrics = MetricsLog(folder / "metrics.jsonl")
+
+    def _check_reuse(self) -> None:
+        if not self.config.student.reuse_classifier:
+            return
+        if isinstance(teacher_parts(self.teacher).head, ForeignHead):
+            raise InputError(
+                "student.reuse_classifier: expected a teacher of this package, as student.safetensors holds its "
+                f"classifier too, got a {type(self.teacher.module).__name__}; call distill_student and keep its module "
+                "with torch.save, or set it to false"
+            )
 
     def _open(self, resume: bool) -> None:
         record = self.folder / "config.json"
@@ -144,6 +164,7 @@ class Run:
         seeds = [self.config.seed + k for k in range(students)]
         taught = [self.teach("student", self._pool(graphs), seed) for seed in seeds]
         save_model(self.folder / "student.safetensors", taught[0], {"teacher": self.description["teacher"]})
+        self._witness(taught, seeds, graphs)
         self.metrics.rewind("result", -1)
         results = [] if evaluation is None else self._measure(evaluation, taught, seeds)
         for position, row in enumerate(results):
@@ -151,6 +172,23 @@ class Run:
         write_report(self.folder, self.metrics.read(), graphs, self.description)
         shutil.rmtree(self._state)
         return results
+
+    def _witness(self, taught: Sequence[nn.Module], seeds: list[int], graphs: GraphBatch) -> None:
+        """Sizes, and what the pool itself tells about the students; no real graph is looked at."""
+        for stage in ("parameters", "agreement"):
+            self.metrics.rewind(stage, -1)
+        self.metrics.write("parameters", 0, dict(self.parameters))
+        found = [pool_agreement(self.teacher, student, graphs, self.config.student.temperature) for student in taught]
+        for seed, values in zip(seeds, found, strict=True):
+            self.metrics.write("agreement", seed, dict(values))
+        saved = found[0]["agreement"]
+        if saved < _AGREEMENT:
+            warnings.warn(
+                f"student: expected the teacher's class on {_AGREEMENT:.0%} of the pseudo-graphs, got {saved:.0%}; "
+                "it has not learned its pool (try another seed, more epochs or a wider student)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _measure(self, evaluation: Evaluation, taught: Sequence[nn.Module], seeds: list[int]) -> list[dict[str, Any]]:
         config = self.config
@@ -160,6 +198,16 @@ class Run:
             "student on pseudo-graphs": taught,
             "same student on random graphs": [self.teach("random", random, seed) for seed in seeds],
         }
+        settings = config.student
+        if settings.reuse_classifier:
+            wide = equal_size_arch(
+                self.student, self.teacher.num_features, self.teacher.num_classes, self.parameters["student"]
+            )
+            plain = replace(settings, reuse_classifier=False, feature_weight=0.0)
+            pool = self._pool(self.make_graphs())
+            rows[f"plain {wide} of equal size on pseudo-graphs"] = [
+                self.teach("plain", pool, seed, wide, plain) for seed in seeds
+            ]
         if evaluation.train is not None:
             real = evaluation.train
             rows["same student on real graphs"] = [self.teach("real", real, seed) for seed in seeds]
@@ -193,7 +241,7 @@ class Run:
         save_graphs(product, graphs, {"feature_kind": self.config.prior.feature_kind})
         return graphs
 
-    def _pool(self, graphs: GraphBatch) -> GraphBatch | Callable[[int], GraphBatch]:
+    def _pool(self, graphs: GraphBatch) -> Pool:
         """What a student learns from: the pool, or with `redraw` a new draw of it every epoch."""
         if not self.config.student.redraw:
             return graphs
@@ -245,22 +293,28 @@ class Run:
             warnings.warn(result.warning, RuntimeWarning, stacklevel=2)
         return result.graphs
 
-    def teach(self, row: str, pool: GraphBatch | Callable[[int], GraphBatch], seed: int) -> GraphClassifier:
-        """One student on a pool, from its saved state if an earlier process finished or began it."""
+    def teach(
+        self, row: str, pool: Pool, seed: int, arch: str | None = None, settings: StudentSettings | None = None
+    ) -> Classifier:
+        """One student on a pool, from its saved state if an earlier process finished or began it.
+
+        Architecture and settings are the run's where none are given.
+        """
+        settings = settings or self.config.student
         name = f"{row}-{seed}"
         done = self._state / f"{name}.safetensors"
         if done.exists():
             return load_model(done)[0]
         partial = self._state / f"{name}-partial.safetensors"
         self.metrics.rewind(name, load_state(partial)["epoch"] if partial.exists() else 0)
-        model = new_student(self.teacher, self.student, seed, dropout=self.config.student.dropout)
+        model = new_student(self.teacher, arch or self.student, seed, settings)
         distill_student(
             self.teacher,
             pool,
             model,
-            self.config.student,
+            settings,
             seed=seed,
-            progress=lambda epoch, values: self._report(name, epoch, self.config.student.epochs, values),
+            progress=lambda epoch, values: self._report(name, epoch, settings.epochs, values),
             checkpoint=partial,
         )
         save_model(done, model, {"row": row, "seed": seed})

@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..errors import check, check_choice
+from ..errors import InputError, check, check_choice, is_integer, is_number
 from ..graphs import GraphBatch
-from ..nn.models import GraphClassifier, build_model
+from ..nn.models import build_model
+from ..nn.projected import PROJECTORS, Classifier, ProjectedClassifier
 from ..teachers import Teacher, as_teacher, call_convention
-from ..training import Progress, fit
-from .objectives import distillation_loss
+from ..training import Progress, fit, recalibrate_batch_norm
+from .curriculum import CurriculumSettings, easiest, pace, share_at, structural_difficulty
+from .objectives import FEATURE_LEVELS, distillation_divergence, feature_distance
+from .projector import TeacherParts, projected_student, teacher_parts
+from .temperature import AdversarialTemperature, AdversarySettings
 
-LOSSES = ("kl", "mse")
+Pool = GraphBatch | Callable[[int], GraphBatch]
 
 
 @dataclass(frozen=True)
 class StudentSettings:
     """Settings of the student's training.
 
+    The loss of a graph is kl_weight * temperature^2 KL + mse_weight * MSE of the logits + feature_weight *
+    :func:`~.objectives.feature_distance`.
+
     Attributes:
         epochs, lr, weight_decay, batch_size: Adam with linear decay to 0; the last epoch stands. The defaults
-            are those at which students agree with their teacher on the pool itself (docs/results.md).
+            are those at which students agree with their teacher on the pool itself (docs/student.md).
+        clip_norm: longest gradient of a step; 0 does not clip. Some graphs of a refined pool have gradients a
+            hundred times the usual, after one of which Adam stands still for long.
+        recalibrate: after the last epoch, BatchNorm statistics from one pass over the whole pool in place of the
+            running averages over mini-batches.
         dropout: on the logits of a student given by name. GFKD has 0.5 there, which only keeps the
             student from matching the teacher's logits.
-        temperature: of the softened logits under "kl".
-        loss: "kl" (temperature^2 KL) or "mse" on logits.
+        temperature: of the softened logits.
+        kl_weight, mse_weight, feature_weight: factors of the three terms, 0 leaves one out.
+        feature_level: "node" or "graph"; the feature term needs `reuse_classifier`.
+        reuse_classifier: raise the student to the teacher's width and let the teacher's frozen classifier answer.
+        projector: how it is raised: "gat", "linear", or "none" for a student that is as wide as the teacher.
+        projector_heads, projector_layers, projector_relu: of "gat", see :class:`~acgkd_fast.nn.projected.Projector`.
+        curriculum: easy graphs first.
+        adversary: a temperature that learns against the student.
         redraw: draw the learned pseudo-graphs anew every epoch (only after the learning stage).
     """
 
@@ -37,21 +54,52 @@ class StudentSettings:
     lr: float = 0.02
     weight_decay: float = 0.0
     batch_size: int = 16
+    clip_norm: float = 1.0
+    recalibrate: bool = True
     dropout: float = 0.0
     temperature: float = 2.0
-    loss: str = "kl"
+    kl_weight: float = 1.0
+    mse_weight: float = 0.0
+    feature_weight: float = 0.0
+    feature_level: str = "node"
+    reuse_classifier: bool = False
+    projector: str = "gat"
+    projector_heads: int = 1
+    projector_layers: int = 1
+    projector_relu: bool = True
+    curriculum: CurriculumSettings = field(default_factory=CurriculumSettings)
+    adversary: AdversarySettings = field(default_factory=AdversarySettings)
     redraw: bool = False
 
     def __post_init__(self) -> None:
-        check(self.epochs >= 1, "epochs", "at least 1", self.epochs)
-        check(self.lr > 0, "lr", "a number above 0", self.lr)
-        check(self.temperature > 0, "temperature", "a number above 0", self.temperature)
-        check_choice("loss", self.loss, LOSSES)
+        for name in ("epochs", "batch_size", "projector_heads", "projector_layers"):
+            value = getattr(self, name)
+            check(is_integer(value) and value >= 1, name, "a whole number, at least 1", value)
+        for name in ("lr", "temperature"):
+            value = getattr(self, name)
+            check(is_number(value) and 0 < value < float("inf"), name, "a number above 0", value)
+        weights = ("kl_weight", "mse_weight", "feature_weight")
+        for name in ("weight_decay", "clip_norm", *weights):
+            value = getattr(self, name)
+            check(is_number(value) and 0 <= value < float("inf"), name, "a number of 0 or more", value)
+        total = tuple(getattr(self, name) for name in weights)
+        check(sum(total) > 0, ", ".join(weights), "one of them above 0", total)
+        check_choice("feature_level", self.feature_level, FEATURE_LEVELS)
+        check_choice("projector", self.projector, PROJECTORS)
+        check(isinstance(self.curriculum, CurriculumSettings), "curriculum", "its settings", self.curriculum)
+        check(isinstance(self.adversary, AdversarySettings), "adversary", "its settings", self.adversary)
+        if self.feature_weight > 0 and not self.reuse_classifier:
+            raise InputError("feature_weight: expected 0 without reuse_classifier, whose projector it compares by")
+        if self.adversary.mode != "fixed":
+            check(self.kl_weight > 0, "kl_weight", "a number above 0 beside an adversary", self.kl_weight)
+            low, high = self.adversary.low, self.adversary.high
+            inside = low < self.temperature < high
+            check(inside, "temperature", f"a start between adversary.low and .high, {low} and {high}", self.temperature)
 
 
 def distill_student(
     teacher: Teacher | nn.Module,
-    pool: GraphBatch | Callable[[int], GraphBatch],
+    pool: Pool,
     student: str | nn.Module = "gcn3-32",
     settings: StudentSettings | None = None,
     *,
@@ -63,59 +111,201 @@ def distill_student(
 
     Args:
         teacher: a Teacher or any module that `as_teacher` accepts; stays frozen.
-        pool: the graphs (their labels are not used), or a function of the epoch that draws them.
-        student: an architecture by name, initialised from `seed`, or a module trained in place.
+        pool: the graphs, or a function of the epoch that draws them. Their labels are used by a curriculum
+            alone, which takes the teacher's answers where there are none.
+        student: an architecture by name, initialised from `seed`, or a module trained in place. With
+            ``reuse_classifier`` a module must be a :class:`~acgkd_fast.nn.projected.ProjectedClassifier`.
         settings: see :class:`StudentSettings`.
         seed: initialisation, order of the mini-batches, dropout.
-        progress, checkpoint: see :func:`acgkd_fast.training.fit`.
+        progress: called after every epoch with its number and ``loss``; with a curriculum also ``share``, of the
+            graphs visited, and with an adversary ``temperature``, the mean.
+        checkpoint: see :func:`acgkd_fast.training.fit`.
 
     Returns:
         The student in eval mode.
 
     Raises:
-        InputError: settings out of range, or a module whose call convention is unknown.
+        InputError: settings out of range, a module whose call convention is unknown, or with
+            ``reuse_classifier`` a teacher that does not expose its parts (:func:`~.projector.teacher_parts`).
     """
     settings = settings or StudentSettings()
     frozen = as_teacher(teacher)
-    model = new_student(frozen, student, seed, dropout=settings.dropout) if isinstance(student, str) else student
-    call = call_convention(model)
-    targets = None if callable(pool) else teacher_logits(frozen, pool)
-
-    def loss(graphs: GraphBatch, positions: torch.Tensor) -> torch.Tensor:
-        target = _answers(frozen, graphs) if targets is None else targets[positions]
-        answer = call(graphs)
-        if settings.loss == "mse":
-            return torch.nn.functional.mse_loss(answer, target)
-        return distillation_loss(answer, target, settings.temperature)
-
+    parts = teacher_parts(frozen) if settings.reuse_classifier else None
+    model = new_student(frozen, student, seed, settings, parts) if isinstance(student, str) else student
+    if parts is not None and not isinstance(model, ProjectedClassifier):
+        raise InputError(
+            f"student: expected an architecture by name or a ProjectedClassifier with reuse_classifier, got "
+            f"{type(model).__name__}"
+        )
+    lesson = _Lesson(frozen, parts, model, settings, seed)
     fit(
         model,
         pool,
-        loss,
+        lesson.loss,
         epochs=settings.epochs,
         lr=settings.lr,
         weight_decay=settings.weight_decay,
         batch_size=settings.batch_size,
+        clip_norm=settings.clip_norm,
         seed=seed,
         progress=progress,
         checkpoint=checkpoint,
+        companion=lesson.adversary,
+        begin_epoch=lesson.begin_epoch,
+        measure=lesson.measure,
     )
+    if settings.recalibrate:
+        last = pool(settings.epochs - 1) if callable(pool) else pool
+        recalibrate_batch_norm(model, last, call_convention(model))
     return model
 
 
-def new_student(teacher: Teacher, arch: str, seed: int, *, dropout: float = 0.0) -> GraphClassifier:
-    """A student of the lineage with the teacher's widths, initialised from `seed` alone."""
+def new_student(
+    teacher: Teacher,
+    arch: str,
+    seed: int,
+    settings: StudentSettings | None = None,
+    parts: TeacherParts | None = None,
+) -> Classifier:
+    """A student of the lineage, initialised from `seed` alone; the settings say whether it reuses the classifier."""
+    settings = settings or StudentSettings()
+    if settings.reuse_classifier:
+        return projected_student(
+            teacher,
+            arch,
+            seed,
+            projector=settings.projector,
+            heads=settings.projector_heads,
+            layers=settings.projector_layers,
+            relu=settings.projector_relu,
+            dropout=settings.dropout,
+            parts=parts,
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_model(arch, teacher.num_features, teacher.num_classes, dropout=dropout)
+        return build_model(arch, teacher.num_features, teacher.num_classes, dropout=settings.dropout)
 
 
 def teacher_logits(teacher: Teacher, graphs: GraphBatch, batch_size: int = 512) -> torch.Tensor:
     """The teacher's logits on every graph, [B, C], without gradients."""
-    positions = torch.arange(graphs.num_graphs).split(batch_size)
-    return torch.cat([_answers(teacher, graphs.select(part)) for part in positions])
+    return _in_parts(teacher, graphs, batch_size)
 
 
 @torch.no_grad()
-def _answers(teacher: Teacher, graphs: GraphBatch) -> torch.Tensor:
-    return teacher(graphs)
+def pool_agreement(
+    teacher: Teacher, student: nn.Module, pool: GraphBatch, temperature: float = 2.0
+) -> dict[str, float]:
+    """How well a student learned its pool, without any data: what tells a collapsed student from a good one.
+
+    Returns:
+        ``agreement``, the share of graphs on which student (in eval mode) and teacher name the same class, and
+        ``divergence``, the mean temperature^2 KL.
+    """
+    theirs = teacher_logits(teacher, pool)
+    ours = _in_parts(call_convention(student), pool)
+    return {
+        "agreement": float((ours.argmax(1) == theirs.argmax(1)).double().mean()),
+        "divergence": float(distillation_divergence(ours, theirs, temperature).mean()),
+    }
+
+
+@torch.no_grad()
+def _in_parts(call: Callable[[GraphBatch], torch.Tensor], graphs: GraphBatch, batch_size: int = 512) -> torch.Tensor:
+    positions = torch.arange(graphs.num_graphs).split(batch_size)
+    return torch.cat([call(graphs.select(part)) for part in positions])
+
+
+class _Lesson:
+    """What the epoch loop asks for: the graphs of an epoch, the loss of a mini-batch, figures to report.
+
+    Nothing here is carried from epoch to epoch, so that a resumed training needs no state beyond the
+    modules': the teacher's answers are the same every time, and a self-paced curriculum looks at the student
+    as it is.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        parts: TeacherParts | None,
+        model: nn.Module,
+        settings: StudentSettings,
+        seed: int,
+    ) -> None:
+        self.adversary: AdversarialTemperature | None = None
+        if settings.adversary.mode != "fixed":
+            self.adversary = AdversarialTemperature(settings.adversary, settings.temperature, teacher.num_classes, seed)
+        self._teacher, self._parts, self._model, self._settings = teacher, parts, model, settings
+        self._call = call_convention(model)
+        self._seen: GraphBatch | None = None
+        self._targets = torch.empty(0)
+        self._weights: torch.Tensor | None = None
+        self._epoch = 0
+        self._figures: dict[str, float] = {}
+
+    def begin_epoch(self, epoch: int, graphs: GraphBatch) -> torch.Tensor | None:
+        """Positions to visit, None for all."""
+        self._epoch, self._figures = epoch, {}
+        self._temperatures: list[torch.Tensor] = []
+        if graphs is not self._seen:
+            self._seen, self._targets = graphs, teacher_logits(self._teacher, graphs)
+            if self.adversary is not None:
+                self.adversary.to(self._targets)
+        curriculum = self._settings.curriculum
+        if curriculum.difficulty == "none":
+            return None
+        share = share_at(curriculum, epoch, self._settings.epochs)
+        labels = self._targets.argmax(1) if graphs.y is None else graphs.y
+        if curriculum.difficulty == "disagreement":
+            visited, self._weights = pace(self._disagreement(graphs), labels, share, curriculum.weights)
+        else:
+            visited = easiest(self._difficulty(graphs, labels), labels, share)
+        positions = visited.nonzero().squeeze(1)
+        self._figures["share"] = positions.numel() / graphs.num_graphs
+        return positions
+
+    def _difficulty(self, graphs: GraphBatch, labels: torch.Tensor) -> torch.Tensor:
+        kind = self._settings.curriculum.difficulty
+        if kind == "teacher_loss":
+            return nn.functional.cross_entropy(self._targets, labels, reduction="none")
+        return structural_difficulty(graphs, kind)
+
+    def _disagreement(self, graphs: GraphBatch) -> torch.Tensor:
+        self._model.eval()
+        answers = _in_parts(self._call, graphs)
+        self._model.train()
+        return distillation_divergence(answers, self._targets, self._settings.temperature)
+
+    def loss(self, graphs: GraphBatch, positions: torch.Tensor) -> torch.Tensor:
+        """Mean over the mini-batch of the graphs' losses times their weights."""
+        settings, target = self._settings, self._targets[positions]
+        losses = target.new_zeros(graphs.num_graphs)
+        if isinstance(self._model, ProjectedClassifier):
+            h = self._model.node_features(graphs.x, graphs.edges)
+            answer = self._model.classify(h, graphs.ptr)
+            if settings.feature_weight > 0:
+                assert self._parts is not None
+                distance = feature_distance(h, self._parts.embed(graphs), graphs.ptr, settings.feature_level)
+                losses = losses + settings.feature_weight * distance
+        else:
+            answer = self._call(graphs)
+        if settings.kl_weight > 0:
+            temperature = self._temperature(answer, target)
+            losses = losses + settings.kl_weight * distillation_divergence(answer, target, temperature)
+        if settings.mse_weight > 0:
+            losses = losses + settings.mse_weight * (answer - target).square().mean(-1)
+        if self._weights is not None:
+            losses = losses * self._weights[positions]
+        return losses.mean()
+
+    def _temperature(self, answer: torch.Tensor, target: torch.Tensor) -> torch.Tensor | float:
+        if self.adversary is None:
+            return self._settings.temperature
+        temperature: torch.Tensor = self.adversary(answer, target, self._epoch)
+        self._temperatures.append(temperature.detach().flatten())
+        return temperature
+
+    def measure(self) -> dict[str, float]:
+        """Figures of the epoch beside its loss."""
+        if self._temperatures:
+            self._figures["temperature"] = float(torch.cat(self._temperatures).mean())
+        return self._figures

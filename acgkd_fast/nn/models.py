@@ -93,13 +93,7 @@ class GraphClassifier(nn.Module):
         Raises:
             InputError: arguments of the wrong form, or `batch` not ascending.
         """
-        check_tensor("x", x, shape=(None, self.num_features))
-        if isinstance(edges, EdgeSample):
-            if batch is not None:
-                raise InputError("batch: expected None beside an EdgeSample, which knows its graphs")
-            sample = as_edges(x, edges, edge_weight)
-        else:
-            sample = as_edges(x, edges, edge_weight, None if batch is None else _node_offsets(x, batch))
+        sample = batch_edges(x, edges, edge_weight, batch, self.num_features)
         return self.classify(self.node_features(x, sample), sample.ptr)
 
     def node_features(self, x: torch.Tensor, edges: EdgeSample) -> torch.Tensor:
@@ -153,6 +147,18 @@ def _convolution(kind: str, before: int, width: int) -> GCNConv | GINConv:
         return GCNConv(before, width)
     mlp = nn.Sequential(nn.Linear(before, width), BatchNormReLU(width), nn.Linear(width, width))
     return GINConv(mlp)
+
+
+def batch_edges(
+    x: torch.Tensor, edges: Edges, edge_weight: torch.Tensor | None, batch: torch.Tensor | None, num_features: int
+) -> EdgeSample:
+    """The edges that a classifier was called with, as an EdgeSample; arguments as its ``forward`` has them."""
+    check_tensor("x", x, shape=(None, num_features))
+    if not isinstance(edges, EdgeSample):
+        return as_edges(x, edges, edge_weight, None if batch is None else _node_offsets(x, batch))
+    if batch is not None:
+        raise InputError("batch: expected None beside an EdgeSample, which knows its graphs")
+    return as_edges(x, edges, edge_weight)
 
 
 def _node_offsets(x: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
