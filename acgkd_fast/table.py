@@ -25,7 +25,7 @@ from .distill.config import RunConfig
 from .distill.metrics import MetricsLog
 from .distill.pool import random_pool
 from .distill.run import Run
-from .distill.student import distill_student, new_student, teacher_logits
+from .distill.student import distill_student, plain_student, teacher_logits
 from .errors import InputError, check
 from .graphs import GraphBatch
 from .nn.models import parse_arch
@@ -93,9 +93,7 @@ class Task:
 
     def taught(self, pool: Pool) -> nn.Module:
         """A student of the run's settings on a pool."""
-        settings = self.config.student
-        model = new_student(self.case.teacher, self.student, self.seed, dropout=settings.dropout)
-        return distill_student(self.case.teacher, pool, model, settings, seed=self.seed)
+        return distill_student(self.case.teacher, pool, self.student, self.config.student, seed=self.seed)
 
     @cached_property
     def common(self) -> tuple[Teacher, GraphPrior, int]:
@@ -103,8 +101,8 @@ class Task:
 
 
 def _real_labels(task: Task) -> nn.Module:
-    model = new_student(task.case.teacher, task.student, task.seed, dropout=task.config.student.dropout)
     settings = task.config.student
+    model = plain_student(task.case.teacher, task.student, task.seed, dropout=settings.dropout)
     return train_classifier(
         model, task.case.train, epochs=settings.epochs, lr=settings.lr, batch_size=settings.batch_size, seed=task.seed
     )
@@ -270,8 +268,8 @@ class Table:
         data, train, test = self._graphs(dataset, split)
         path = self.work / f"{dataset}-{arch}-{split}.safetensors"
         if not path.exists():
-            model = train_classifier(arch, train, num_classes=data.num_classes, seed=split)
-            save_model(path, model, {"feature_kind": data.feature_kind, "dataset": dataset, "split_seed": split})
+            trained = train_classifier(arch, train, num_classes=data.num_classes, seed=split)
+            save_model(path, trained, {"feature_kind": data.feature_kind, "dataset": dataset, "split_seed": split})
         model = load_model(path)[0]
         mean = MEAN_NODES[dataset]
         prior = GraphPrior(max(mean // 2, 2), mean * 3 // 2, feature_kind=data.feature_kind)

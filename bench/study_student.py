@@ -11,6 +11,7 @@ CPU, one thread.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -96,6 +97,7 @@ PARTS: dict[str, dict[str, Any]] = {
 ROWS = {**{f"training: {name}": options for name, options in TRAINING.items()}, **PARTS}
 
 
+@functools.cache
 def make_task(
     name: str, split_seed: int, teacher_seed: int, data_root: Path, work: Path
 ) -> tuple[Teacher, GraphBatch, GraphBatch, GraphPrior]:
@@ -119,6 +121,7 @@ def make_task(
     return teacher, data.graphs.select(train), data.graphs.select(test), prior
 
 
+@functools.cache
 def make_pool(teacher: Teacher, prior: GraphPrior, seed: int, file: Path) -> GraphBatch:
     if not file.exists():
         start = af.start_graphs(teacher, prior, GRAPHS, seed=seed)
@@ -130,20 +133,22 @@ def make_pool(teacher: Teacher, prior: GraphPrior, seed: int, file: Path) -> Gra
 
 
 def cells(groups: list[str], rows: list[str]) -> Iterator[dict[str, Any]]:
+    """In such an order that a study cut short has seen all rows and tasks about equally often."""
     for group in groups:
-        for name, split_seed, teacher_seed, pool_seeds in GROUPS[group]:
-            for pool_seed in pool_seeds:
-                for row in rows:
-                    for seed in SEEDS:
-                        yield {
-                            "group": group,
-                            "dataset": name,
-                            "split": split_seed,
-                            "teacher": teacher_seed,
-                            "pool": pool_seed,
-                            "row": row,
-                            "seed": seed,
-                        }
+        for number in range(max(len(task[3]) for task in GROUPS[group])):
+            for seed in SEEDS:
+                for name, split_seed, teacher_seed, pool_seeds in GROUPS[group]:
+                    if number < len(pool_seeds):
+                        for row in rows:
+                            yield {
+                                "group": group,
+                                "dataset": name,
+                                "split": split_seed,
+                                "teacher": teacher_seed,
+                                "pool": pool_seeds[number],
+                                "row": row,
+                                "seed": seed,
+                            }
 
 
 def measure(cell: dict[str, Any], data_root: Path, work: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import InputError, check, check_choice, is_integer, is_number
 from ..graphs import GraphBatch
-from ..nn.models import build_model
+from ..nn.models import GraphClassifier, build_model
 from ..nn.projected import PROJECTORS, Classifier, ProjectedClassifier
 from ..teachers import Teacher, as_teacher, call_convention
 from ..training import Progress, fit, recalibrate_batch_norm
@@ -181,9 +181,14 @@ def new_student(
             dropout=settings.dropout,
             parts=parts,
         )
+    return plain_student(teacher, arch, seed, dropout=settings.dropout)
+
+
+def plain_student(teacher: Teacher, arch: str, seed: int, *, dropout: float = 0.0) -> GraphClassifier:
+    """A student of the lineage with its own classifier, initialised from `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_model(arch, teacher.num_features, teacher.num_classes, dropout=settings.dropout)
+        return build_model(arch, teacher.num_features, teacher.num_classes, dropout=dropout)
 
 
 def teacher_logits(teacher: Teacher, graphs: GraphBatch, batch_size: int = 512) -> torch.Tensor:
