@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ._native import build_info as build_info
+    from .distill.curriculum import CurriculumSettings as CurriculumSettings
     from .distill.inversion import LearnSettings as LearnSettings
     from .distill.inversion import learn as learn
     from .distill.pool import random_pool as random_pool
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .distill.refine import refine as refine
     from .distill.student import StudentSettings as StudentSettings
     from .distill.student import distill_student as distill_student
+    from .distill.temperature import AdversarySettings as AdversarySettings
     from .edges import FactorLogits as FactorLogits
     from .edges import arm_gradient as arm_gradient
     from .edges import sample_dense_edges as sample_dense_edges
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from .teachers import as_teacher as as_teacher
 
 _HOMES = {
+    "AdversarySettings": ".distill.temperature",
+    "CurriculumSettings": ".distill.curriculum",
     "build_info": "._native",
     "LearnSettings": ".distill.inversion",
     "learn": ".distill.inversion",

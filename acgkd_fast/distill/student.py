@@ -33,8 +33,8 @@ class StudentSettings:
     Attributes:
         epochs, lr, weight_decay, batch_size: Adam with linear decay to 0; the last epoch stands. The defaults
             are those at which students agree with their teacher on the pool itself (docs/student.md).
-        clip_norm: longest gradient of a step; 0 does not clip. Some graphs of a refined pool have gradients a
-            hundred times the usual, after one of which Adam stands still for long.
+        clip_norm: longest gradient of a step; 0 does not clip. Gradients are tens to hundreds long at first, and
+            Adam's second moments remember that when they have become short.
         recalibrate: after the last epoch, BatchNorm statistics from one pass over the whole pool in place of the
             running averages over mini-batches.
         dropout: on the logits of a student given by name. GFKD has 0.5 there, which only keeps the
@@ -238,23 +238,24 @@ class _Lesson:
     ) -> None:
         self.adversary: AdversarialTemperature | None = None
         if settings.adversary.mode != "fixed":
-            self.adversary = AdversarialTemperature(settings.adversary, settings.temperature, teacher.num_classes, seed)
+            opponent = AdversarialTemperature(settings.adversary, settings.temperature, teacher.num_classes, seed)
+            # Before the optimizer sees its parameters, so that a restored state finds them on their device.
+            self.adversary = opponent.to(next(model.parameters(), torch.empty(0)).device)
         self._teacher, self._parts, self._model, self._settings = teacher, parts, model, settings
         self._call = call_convention(model)
         self._seen: GraphBatch | None = None
         self._targets = torch.empty(0)
         self._weights: torch.Tensor | None = None
         self._epoch = 0
+        self._temperatures: list[torch.Tensor] = []
         self._figures: dict[str, float] = {}
 
     def begin_epoch(self, epoch: int, graphs: GraphBatch) -> torch.Tensor | None:
         """Positions to visit, None for all."""
         self._epoch, self._figures = epoch, {}
-        self._temperatures: list[torch.Tensor] = []
+        self._temperatures = []
         if graphs is not self._seen:
             self._seen, self._targets = graphs, teacher_logits(self._teacher, graphs)
-            if self.adversary is not None:
-                self.adversary.to(self._targets)
         curriculum = self._settings.curriculum
         if curriculum.difficulty == "none":
             return None
