@@ -156,10 +156,12 @@ def operator_arguments(
     relabel: float = 1.0,
     mix: MoveMix | None = None,
     edge_weights: tuple[PairLayout, torch.Tensor] | None = None,
+    features: str = "one-hot",
     **options,
 ) -> tuple:
     """What `search_steps` hands to the operator."""
-    refiner = Refiner(drawn_teacher(arch), make_graphs(sizes=SIZES * 2), RefineSettings(engine="generic"), seed=3)
+    graphs, labelled = make_graphs(sizes=SIZES * 2, kind=features), features == "one-hot"
+    refiner = Refiner(drawn_teacher(arch), graphs, RefineSettings(engine="generic"), seed=3)
     caught: list[tuple] = []
     plain = torch.ops.acgkd_fast.search_steps
 
@@ -174,7 +176,7 @@ def operator_arguments(
     energy = Energy(energy.lam_k, energy.w_ce, 0.0, energy.num_graphs, energy.rows, energy.running)
     excess = energy.excess(refiner._scores.loss).sum()
     level = torch.stack([excess, energy.value(refiner._total, excess)])
-    state = SearchState(refiner._lists, refiner._x.argmax(1), refiner._scores, refiner._total, level)
+    state = SearchState(refiner._lists, refiner._x.argmax(1) * labelled, refiner._scores, refiner._total, level)
     try:
         torch.ops.acgkd_fast.search_steps = catch
         search_steps(
@@ -190,7 +192,7 @@ def operator_arguments(
             steps=steps,
             edited=9,
             mix=mix or MoveMix(relabel, 0.5),
-            num_labels=WIDTH,
+            num_labels=WIDTH if labelled else 0,
             weights=None if edge_weights is None else EdgeProposals.from_logits(*edge_weights, refiner._ptr),
             **options,
         )

@@ -2,57 +2,90 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-
+import networkx as nx
 import pytest
 import torch
 from helpers import philox_words
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from search_helpers import assert_simple, edge_sets, listed, make_graphs, make_teacher
+from search_helpers import assert_simple, listed, make_graphs, make_teacher
 
 from acgkd_fast import InputError, PairLayout
 from acgkd_fast.distill.edge_lists import EdgeLists, pack
 from acgkd_fast.distill.energy import Energy
-from acgkd_fast.distill.moves import Lane, Move, MoveMix, log_proposal_ratio, proposal_uniforms, propose
+from acgkd_fast.distill.moves import Lane, Limits, Move, MoveMix, proposal_uniforms, propose
 from acgkd_fast.distill.proposal_weights import EdgeProposals
 from acgkd_fast.distill.starts import random_graphs
 from acgkd_fast.distill.statistics import RunningGaussians, gaussian_divergence, graph_moment_sums
 
 
-def propose_one(pairs: list[tuple[int, int]], n: int, u: list[float], mix: MoveMix, labels: int):
-    """The rules of a uniform proposal for one graph, in plain Python: (kind, new list or None, node, shift)."""
-    below = mix.thresholds()
-    kind = sum(u[Lane.KIND] >= threshold for threshold in below)
-    first, second = u[Lane.FIRST], u[Lane.SECOND]
+def connected(pairs: list[tuple[int, int]], n: int) -> bool:
+    return nx.is_connected(nx.Graph([*pairs, *((node, node) for node in range(n))]))
+
+
+def two_hop_partners(pairs: list[tuple[int, int]], n: int, node: int, gone: int | None) -> list[int]:
+    """Nodes at distance two, by networkx, once the edge {node, gone} is taken away; ascending, without `gone`."""
+    graph = nx.Graph(pairs)
+    graph.add_nodes_from(range(n))
+    if gone is not None:
+        graph.remove_edge(node, gone)
+    far = nx.single_source_shortest_path_length(graph, node, 2)
+    return sorted(other for other, distance in far.items() if distance == 2 and other != gone)
+
+
+def propose_one(pairs: list[tuple[int, int]], n: int, u: list[float], mix: MoveMix, labels: int, limits: Limits):
+    """The rules of a proposal without logits for one graph, in plain Python: (kind, new list or None, node, shift)."""
+    kind = sum(u[Lane.KIND] >= threshold for threshold in mix.thresholds())
+    if mix.keep_degrees and kind != Move.RELABEL:
+        kind = Move.SWAP
     if kind == Move.RELABEL:
-        return kind, (pairs if labels > 1 else None), int(first * n), 1 + int(second * (labels - 1))
+        return kind, (pairs if labels > 1 else None), int(u[Lane.FIRST] * n), 1 + int(u[Lane.SECOND] * (labels - 1))
+    changed = swap(pairs, u) if kind == Move.SWAP else edit_edges(kind, pairs, n, u, mix, limits)
+    if changed is not None and limits.connected and not connected(changed, n) and connected(pairs, n):
+        changed = None
+    return kind, changed, 0, 0
+
+
+def swap(pairs: list[tuple[int, int]], u: list[float]):
+    """The new list, or None where two edges cannot be swapped."""
+    if len(pairs) < 2:
+        return None
+    place = int(u[Lane.FIRST] * len(pairs))
+    other = [k for k in range(len(pairs)) if k != place][int(u[Lane.SECOND] * (len(pairs) - 1))]
+    ends = pairs[other] if u[Lane.END] < 0.5 else pairs[other][::-1]
+    new = [tuple(sorted(pair)) for pair in zip(pairs[place], ends, strict=True)]
+    if len({*pairs[place], *ends}) < 4 or set(new) & set(pairs):
+        return None
+    changed = list(pairs)
+    changed[place], changed[other] = new
+    return changed
+
+
+def edit_edges(kind: int, pairs: list[tuple[int, int]], n: int, u: list[float], mix: MoveMix, limits: Limits):
+    """The new list, or None where the edit is not possible or raises a degree too far."""
     if kind == Move.ADD:
         if n < 2:
-            return kind, None, 0, 0
-        one, two = int(first * n), int(second * (n - 1))
-        new = tuple(sorted((one, two + (two >= one))))
-        return kind, (None if new in pairs else [*pairs, new]), 0, 0
-    if not pairs:
-        return kind, None, 0, 0
-    place = int(first * len(pairs))
-    if kind == Move.DELETE:
-        changed = list(pairs)
-        changed[place] = changed[-1]
-        return kind, changed[:-1], 0, 0
-    if n < 3:
-        return kind, None, 0, 0
-    low, high = pairs[place]
-    kept = low if u[Lane.END] < 0.5 else high
-    partner = [node for node in range(n) if node not in (low, high)][int(second * (n - 2))]
-    new = tuple(sorted((kept, partner)))
-    changed = list(pairs)
-    changed[place] = new
-    return kind, (None if new in pairs else changed), 0, 0
+            return None
+        one, gone, place = int(u[Lane.FIRST] * n), None, len(pairs)
+    else:
+        if not pairs:
+            return None
+        place = int(u[Lane.FIRST] * len(pairs))
+        if kind == Move.DELETE:
+            return [pairs[-1] if k == place else pair for k, pair in enumerate(pairs)][:-1]
+        if n < 3:
+            return None
+        one, gone = pairs[place] if u[Lane.END] < 0.5 else pairs[place][::-1]
+    close = two_hop_partners(pairs, n, one, gone) if u[Lane.NEAR] < mix.two_hop else []
+    possible = close or [node for node in range(n) if node not in (one, gone)]
+    new = tuple(sorted((one, possible[int(u[Lane.SECOND] * len(possible))])))
+    changed = [*pairs[:place], new, *pairs[place + 1 :]]
+    before, after = ([sum(node in pair for pair in part) for node in range(n)] for part in (pairs, changed))
+    too_far = limits.max_degree and any(b > max(limits.max_degree, a) for a, b in zip(before, after, strict=True))
+    return None if new in pairs or too_far else changed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 7), min_size=1, max_size=5),
     degree=st.sampled_from([0.0, 1.5, 3.0, 100.0]),
@@ -60,18 +93,23 @@ def propose_one(pairs: list[tuple[int, int]], n: int, u: list[float], mix: MoveM
     relabel=st.sampled_from([0.0, 0.3, 1.0]),
     rewire=st.sampled_from([0.0, 0.4, 1.0]),
     labels=st.sampled_from([1, 2, 5]),
+    two_hop=st.sampled_from([0.0, 0.5, 1.0]),
+    keep_degrees=st.booleans(),
+    limits=st.sampled_from([Limits(), Limits(True), Limits(False, 2), Limits(True, 3)]),
 )
-def test_proposals_follow_the_rules_and_keep_graphs_simple(sizes, degree, seed, relabel, rewire, labels):
+def test_proposals_follow_the_rules_and_keep_graphs_simple(
+    sizes, degree, seed, relabel, rewire, labels, two_hop, keep_degrees, limits
+):
     edges = random_graphs(sizes, degree, seed=seed)
-    lists, mix = EdgeLists.from_edges(edges), MoveMix(relabel, rewire)
+    lists, mix = EdgeLists.from_edges(edges), MoveMix(relabel, rewire, two_hop, keep_degrees)
     ids = torch.arange(len(sizes))
     for u in proposal_uniforms(ids, 0, 12, seed):
         lists.reserve(1)
-        edits = propose(lists, torch.tensor(sizes), u, mix, labels)
+        edits = propose(lists, torch.tensor(sizes), u, mix, labels, limits=limits)
         after = lists.edited(edits)
         for graph, n in enumerate(sizes):
             before = listed(lists, graph)
-            kind, expected, node, shift = propose_one(before, n, u[graph].tolist(), mix, labels)
+            kind, expected, node, shift = propose_one(before, n, u[graph].tolist(), mix, labels, limits)
             assert int(edits.kind[graph]) == kind
             assert bool(edits.valid[graph]) == (expected is not None)
             assert listed(after, graph) == (before if expected is None else expected)
@@ -85,6 +123,26 @@ def test_proposals_follow_the_rules_and_keep_graphs_simple(sizes, degree, seed, 
         for graph in range(len(sizes)):
             assert listed(lists, graph) == listed(after if keep[graph] else untouched, graph)
         assert_simple(lists.to_edges(edges.ptr, sum(sizes)), sizes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    degree=st.sampled_from([0.5, 1.0, 2.0, 5.0]),
+    seed=st.integers(0, 99),
+)
+def test_connectivity_and_distance_two_agree_with_networkx(sizes, degree, seed):
+    edges = random_graphs(sizes, degree, seed=seed)
+    lists, n = EdgeLists.from_edges(edges), torch.tensor(sizes)
+    whole = lists.connected(n).tolist()
+    node = (proposal_uniforms(torch.arange(len(sizes)), 0, 1, seed)[0, :, 0] * n).long()
+    near = lists.distance_two(node, torch.full_like(node, -1), max(sizes))
+    degrees = lists.degree(node).tolist()
+    for g, size in enumerate(sizes):
+        pairs, here = listed(lists, g), int(node[g])
+        assert whole[g] == connected(pairs, size)
+        assert near[g].nonzero().flatten().tolist() == two_hop_partners(pairs, size, here, None)
+        assert degrees[g] == sum(here in pair for pair in pairs)
 
 
 @settings(max_examples=40, deadline=None)
@@ -104,45 +162,6 @@ def test_proposal_uniforms_come_from_the_documented_words():
         for g, graph in enumerate((3, 2**32 - 1)):
             words = philox_words((0, graph, 40 + s, 3), 2**63) + philox_words((1, graph, 40 + s, 3), 2**63)
             assert drawn[s, g].tolist() == [((word >> 9) + 0.5) / 2**23 for word in words]
-
-
-def transition_chances(n: int, mix: MoveMix, weights: EdgeProposals | None) -> tuple[dict, dict]:
-    """Chance of every proposal from graphs of 2 and 3 edges, by an even grid over all draws; and the stated ratios."""
-    every = [(low, high) for high in range(n) for low in range(high)]
-    grid = (torch.arange(24) + 0.5) / 24
-    half = torch.tensor([0.5])
-    kind, end = (torch.arange(4) + 0.5) / 4, torch.tensor([0.25, 0.75])
-    u = torch.cartesian_prod(half, kind, grid, grid, end, half, end if mix.two_hop else half, half).double()
-    sizes, graphs = torch.full((len(u),), n), torch.zeros(len(u), dtype=torch.int64)
-    chances, ratios = {}, {}
-    for chosen in [*itertools.combinations(every, 2), *itertools.combinations(every, 3)]:
-        packed = pack(*torch.tensor(chosen).T)
-        lists = EdgeLists(packed.expand(len(u), -1).contiguous(), torch.full((len(u),), len(chosen)))
-        lists.reserve(1)
-        edits = propose(lists, sizes, u, mix, 1, weights=weights, graphs=graphs)
-        ratio = log_proposal_ratio(edits, lists, sizes, mix, weights, graphs)[edits.valid]
-        here, there = int(edge_sets(lists)[0]), edge_sets(lists.edited(edits))[edits.valid]
-        for target in there.unique().tolist():
-            chances[here, target] = float((there == target).double().mean() * edits.valid.double().mean())
-            (ratios[here, target],) = ratio[there == target].unique().tolist()
-    return chances, ratios
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_proposal_ratios_are_exact(weighted):
-    weights = None
-    if weighted:
-        layout = PairLayout.complete([4])
-        # In twelfths, and with sums that divide 24, so that the grid hits every pair exactly as often as it should.
-        share = torch.tensor([1.0, 2.0, 1.0, 3.0, 4.0, 1.0]) / 12
-        weights = EdgeProposals.from_logits(layout, torch.logit(share), layout.node_ptr)
-        sums = [weights.draw_partner(torch.tensor([0]), torch.tensor([k]), torch.tensor([0.5]))[1] for k in range(4)]
-        assert all(24 % round(12 * float(total)) == 0 for total in sums), sums
-    chances, ratios = transition_chances(4, MoveMix(0.0, 0.5), weights)
-    both_ways = [(here, there) for here, there in chances if (there, here) in chances]
-    assert {there.bit_count() - here.bit_count() for here, there in both_ways} == {-1, 0, 1}
-    for here, there in both_ways:
-        assert ratios[here, there] == pytest.approx(math.log(chances[there, here] / chances[here, there]), abs=1e-6)
 
 
 def test_weighted_ends_are_drawn_in_proportion_and_only_among_candidates():
