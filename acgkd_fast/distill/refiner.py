@@ -107,9 +107,9 @@ class Refiner:
         self._constraint = constraint
         given = edge_weights is not None
         check(not (given and settings.keep_degrees), "edge_weights", "none with keep_degrees", edge_weights)
-        weights = None if edge_weights is None else EdgeProposals.from_logits(*edge_weights, self._ptr)
+        drawn = None if edge_weights is None else EdgeProposals.from_logits(*edge_weights, self._ptr)
         # Where all graphs are single nodes there is nothing to draw from, and no edge move is possible anyway.
-        self._weights = weights if weights is not None and weights.weight.numel() else None
+        self._weights = drawn if drawn is not None and drawn.weight.numel() else None
         self._edited = max(1, round(settings.share * graphs.num_graphs))
         self._draws, self._first_draw = torch.empty(0), 0
         weights = settings.lam_k, settings.w_ce, settings.cap
