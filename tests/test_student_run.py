@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from test_run import (
+    DATA,
     FILES,
     SMALL,
     Stop,
@@ -21,10 +22,12 @@ from test_student_reuse import Theirs
 
 from acgkd_fast import checkpoints
 from acgkd_fast.distill.config import RunConfig
+from acgkd_fast.distill.projector import projected_student
 from acgkd_fast.distill.run import Run
 from acgkd_fast.errors import InputError
 from acgkd_fast.nn import ProjectedClassifier
 from acgkd_fast.report import parameter_line
+from acgkd_fast.teachers import as_teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:k. expected at most:RuntimeWarning", "ignore:student. expected the")
 
@@ -139,3 +142,14 @@ def test_parameter_line():
     assert parameter_line(counts) == "parameters: teacher 100, student 40"
     counts |= {"trained": 30, "projector": 20, "reused_classifier": 10}
     assert parameter_line(counts).endswith("student 40 (trained 30, of which projector 20; reused classifier 10)")
+
+
+@pytest.mark.skipif(not DATA.exists(), reason=f"needs the data sets in {DATA}")
+def test_evaluate_needs_no_teacher(tmp_path, monkeypatch):
+    pytest.importorskip("torch_geometric", reason="reading TUDatasets needs torch-geometric")
+    monkeypatch.setenv("ACGKD_FAST_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "student.safetensors"
+    checkpoints.save_model(path, projected_student(as_teacher(make_teacher(width=7)), "gcn3-6", 0).eval())
+    scored = invoke("evaluate", "--model", path, "--dataset", "MUTAG", "--data-root", DATA, "--json")
+    assert scored.exit_code == 0, scored.output
+    assert json.loads(scored.output)["num_graphs"] == 57
