@@ -15,6 +15,7 @@ from torch import nn
 from acgkd_fast.distill.inversion import Learner, LearnSettings
 from acgkd_fast.distill.objectives import one_hot_entropy
 from acgkd_fast.distill.statistics import BatchNormProbe, running_stats_norm
+from acgkd_fast.graphs import GraphBatch
 from acgkd_fast.layout import PairLayout
 from acgkd_fast.nn.models import GraphClassifier, build_model
 from acgkd_fast.pseudo_graphs import PseudoGraphs
@@ -40,7 +41,7 @@ SHAPES = {
 }
 
 
-def make_teacher(shape: Shape, arch: str = "gcn5-64") -> GraphClassifier:
+def make_teacher(shape: Shape, arch: str = "gcn5-64", device: str = "cpu") -> GraphClassifier:
     """A teacher with random weights and plausible running statistics."""
     torch.manual_seed(0)
     model = build_model(arch, shape.num_features, 2)
@@ -48,25 +49,37 @@ def make_teacher(shape: Shape, arch: str = "gcn5-64") -> GraphClassifier:
         if isinstance(layer, nn.BatchNorm1d):
             layer.running_mean.normal_(0.0, 0.1)
             layer.running_var.uniform_(0.5, 1.5)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(device)
 
 
-def make_pseudo_graphs(shape: Shape) -> PseudoGraphs:
+def make_pseudo_graphs(shape: Shape, device: str = "cpu") -> PseudoGraphs:
     generator = torch.Generator().manual_seed(1)
     low, high = shape.sizes
     sizes = torch.randint(low, high + 1, (shape.num_graphs,), generator=generator).tolist()
-    layout = PairLayout.complete(sizes)
+    layout = PairLayout.complete(sizes, device=device)
     base = torch.logit(torch.tensor(shape.density))
     logits = base + 0.5 * torch.randn(layout.num_pairs, generator=generator)
     features = torch.randn(layout.num_nodes, shape.num_features, generator=generator)
-    return PseudoGraphs(logits, features, torch.arange(shape.num_graphs) % 2, layout, feature_kind="one-hot")
+    labels = torch.arange(shape.num_graphs, device=device) % 2
+    return PseudoGraphs(logits.to(device), features.to(device), labels, layout, feature_kind="one-hot")
 
 
-def ours(shape: Shape, estimator: str) -> Callable[[], torch.Tensor]:
+def make_learner(shape: Shape, estimator: str, device: str = "cpu") -> Learner:
+    """Our step with the settings that the peers have too."""
     settings = LearnSettings(
-        estimator=estimator, c_bn=C_BN, c_oh=C_OH, target_degree=None, lr_structure=1e-3, lr_features=1e-3
+        steps=10_000,
+        estimator=estimator,
+        c_bn=C_BN,
+        c_oh=C_OH,
+        target_degree=None,
+        lr_structure=1e-3,
+        lr_features=1e-3,
     )
-    learner = Learner(make_teacher(shape), make_pseudo_graphs(shape), settings)
+    return Learner(make_teacher(shape, device=device), make_pseudo_graphs(shape, device), settings)
+
+
+def ours(shape: Shape, estimator: str, device: str = "cpu") -> Callable[[], torch.Tensor]:
+    learner = make_learner(shape, estimator, device)
     return lambda: learner.advance()["loss"]
 
 
@@ -135,10 +148,10 @@ def _straight_through(logits: torch.Tensor) -> torch.Tensor:
     return (soft > 0.5).to(soft.dtype) + soft - soft.detach()
 
 
-def pyg_drawn_edges(shape: Shape) -> Callable[[], torch.Tensor]:
+def pyg_drawn_edges(shape: Shape, device: str = "cpu") -> Callable[[], torch.Tensor]:
     """PyTorch Geometric on the drawn edges: gradient for drawn edges only."""
-    start = make_pseudo_graphs(shape)
-    teacher = PyGTeacher(make_teacher(shape))
+    start = make_pseudo_graphs(shape, device)
+    teacher = PyGTeacher(make_teacher(shape, device=device)).to(device)
     row, col = start.layout.pair_nodes()
     batch = start.layout.graph_of_node()
     logits, features, y = start.logits, start.features, start.y
@@ -160,19 +173,19 @@ def pyg_drawn_edges(shape: Shape) -> Callable[[], torch.Tensor]:
     return step
 
 
-def dense_bmm(shape: Shape) -> Callable[[], torch.Tensor]:
+def dense_bmm(shape: Shape, device: str = "cpu") -> Callable[[], torch.Tensor]:
     """Padded dense matrices: gradient for every candidate."""
-    start = make_pseudo_graphs(shape)
-    teacher = DenseTeacher(make_teacher(shape))
+    start = make_pseudo_graphs(shape, device)
+    teacher = DenseTeacher(make_teacher(shape, device=device))
     layout, y = start.layout, start.y
     width = max(layout.sizes)
-    mask = torch.arange(width) < torch.tensor(layout.sizes)[:, None]
+    mask = torch.arange(width, device=device) < torch.tensor(layout.sizes, device=device)[:, None]
     row, col = layout.pair_nodes()
-    graph = layout.graph_of_pair(torch.arange(layout.num_pairs))
+    graph = layout.graph_of_pair(torch.arange(layout.num_pairs, device=device))
     first = layout.node_ptr[graph]
-    logits = torch.full((layout.num_graphs, width, width), -30.0)
+    logits = torch.full((layout.num_graphs, width, width), -30.0, device=device)
     logits[graph, row - first, col - first] = start.logits.detach()
-    features = torch.zeros(layout.num_graphs, width, shape.num_features)
+    features = torch.zeros(layout.num_graphs, width, shape.num_features, device=device)
     features[mask] = start.features.detach()
     logits.requires_grad_()
     features.requires_grad_()
@@ -190,6 +203,31 @@ def dense_bmm(shape: Shape) -> Callable[[], torch.Tensor]:
         return loss.detach()
 
     return step
+
+
+def check_agreement(shape: Shape, device: str = "cpu") -> None:
+    """All three networks give the same logits and gradients on the same drawn graph."""
+    pseudo, teacher = make_pseudo_graphs(shape, device), make_teacher(shape, device=device)
+    edges = pseudo.harden(seed=0).edges
+    weight = edges.value.clone().requires_grad_()
+    x = pseudo.soft_features().detach()
+    weighted = edges.with_value(weight)
+    batch = GraphBatch(x, weighted)
+    edge_index, edge_weight = batch.to_edge_index()
+    ours = teacher(x, weighted)
+    dense_x, adjacency, mask = batch.to_dense()
+    answers = {
+        "ours": ours,
+        "PyG": PyGTeacher(teacher).to(device)(x, edge_index, edge_weight, batch.batch()),
+        "dense": DenseTeacher(teacher)(dense_x, adjacency, mask),
+    }
+    expected, expected_grad = answers["ours"], None
+    for name, logits in answers.items():
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3, msg=lambda text, n=name: f"{n}: {text}")
+        (grad,) = torch.autograd.grad(logits.square().sum(), weight, retain_graph=True)
+        expected_grad = grad if expected_grad is None else expected_grad
+        scale = expected_grad.abs().max()
+        torch.testing.assert_close(grad / scale, expected_grad / scale, rtol=1e-2, atol=2e-3)
 
 
 STEPS: dict[str, Callable[[Shape], Callable[[], torch.Tensor]]] = {
