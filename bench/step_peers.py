@@ -158,7 +158,6 @@ def pyg_drawn_edges(shape: Shape, device: str = "cpu") -> Callable[[], torch.Ten
     optimizer = torch.optim.Adam([logits, features], lr=1e-3)
 
     def step() -> torch.Tensor:
-        optimizer.zero_grad(set_to_none=True)
         weight = _straight_through(logits)
         drawn = weight.detach().nonzero().squeeze(-1)
         edge_index = torch.stack([torch.cat([row[drawn], col[drawn]]), torch.cat([col[drawn], row[drawn]])])
@@ -168,6 +167,7 @@ def pyg_drawn_edges(shape: Shape, device: str = "cpu") -> Callable[[], torch.Ten
             loss = _loss(probe, teacher(x, edge_index, edge_weight, batch), y, x)
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     return step
@@ -192,7 +192,6 @@ def dense_bmm(shape: Shape, device: str = "cpu") -> Callable[[], torch.Tensor]:
     optimizer = torch.optim.Adam([logits, features], lr=1e-3)
 
     def step() -> torch.Tensor:
-        optimizer.zero_grad(set_to_none=True)
         upper = _straight_through(logits).triu(1)
         adjacency = upper + upper.transpose(1, 2)
         x = features.softmax(-1) * mask[..., None]
@@ -200,6 +199,7 @@ def dense_bmm(shape: Shape, device: str = "cpu") -> Callable[[], torch.Tensor]:
             loss = _loss(probe, teacher(x, adjacency, mask), y, x[mask])
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     return step

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -305,3 +307,33 @@ def test_a_teacher_that_looks_at_the_device_falls_back_with_a_notice():
         captured_or_plain = learn(teacher, pseudo, settings)
     plain = learn(teacher, make_pseudo_graphs("cuda"), settings, capture=False)
     same_bits(list(captured_or_plain.state_dict().values()), list(plain.state_dict().values()))
+
+
+def documented_loop():
+    """The code blocks of docs/step.md: a loop of one's own, and its capture."""
+    page = (Path(__file__).parents[1] / "docs" / "step.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    return blocks
+
+
+def test_the_documented_loop_never_looks_at_the_device():
+    names = {}
+    loop = documented_loop()[0].replace("torch.cuda.is_available()", "False")
+    exec(loop, names)
+    before = names["logits"].detach().clone()
+    names["step"]()
+    with NoHostReads():
+        for _ in range(3):
+            names["step"]()
+    assert int(names["number"]) == 4 and 0 < int(names["largest"]) <= names["capacity"]
+    assert (names["logits"] != before).any()
+
+
+@pytest.mark.gpu
+def test_the_documented_loop_is_captured():
+    """Not yet run on a GPU."""
+    names = {}
+    for block in documented_loop():
+        exec(block, names)
+    assert int(names["number"]) == 103 and names["loss"].isfinite()

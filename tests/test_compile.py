@@ -16,11 +16,8 @@ from acgkd_fast.normalize import column_moments, frozen_norm_relu
 
 WIDTH = 6
 ESTIMATORS = ("relaxed", "hard_concrete", "straight_through", "sparse_straight_through", "arm")
-# The name that a user gives and the backend behind it; inductor writes C++ and needs a compiler.
-INDUCTOR = pytest.param(
-    "inductor",
-    marks=[pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")],
-)
+# Inductor writes C++, which takes it many seconds per model.
+INDUCTOR = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")]
 
 
 @pytest.fixture(autouse=True)
@@ -92,10 +89,13 @@ def given(sizes, symmetric, seed):
     return x, edges, [x, edges.value]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
 @pytest.mark.parametrize(
-    ("name", "symmetric"),
-    [(name, True) for name in GIVEN_EDGES] + [("gcn_propagate", False), ("gin_propagate", False)],
+    ("name", "symmetric", "backend"),
+    [
+        *[(name, True, "aot_eager") for name in GIVEN_EDGES],
+        *[(name, False, "aot_eager") for name in ("gcn_propagate", "gin_propagate")],
+        *[pytest.param(name, True, "inductor", marks=INDUCTOR) for name in ("frozen gcn", "user's model")],
+    ],
 )
 def test_one_graph_for_every_size(name, symmetric, backend):
     function = GIVEN_EDGES[name]
@@ -115,9 +115,14 @@ def drawn(layout, logits, x, estimator, capacity, model):
     return model(x, edges)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
-@pytest.mark.parametrize(("kind", "capacity"), [("complete", None), ("budget-directed", 400)])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(
+    ("estimator", "kind", "capacity", "backend"),
+    [
+        *[(estimator, "complete", None, "aot_eager") for estimator in ESTIMATORS],
+        *[(estimator, "budget-directed", 400, "aot_eager") for estimator in ESTIMATORS],
+        pytest.param("straight_through", "complete", None, "inductor", marks=INDUCTOR),
+    ],
+)
 def test_drawing_and_teacher_in_one_graph(estimator, kind, capacity, backend):
     """From logits to the teacher's answer; the sample lives inside the compiled function."""
     model = frozen("gcn3-8")
