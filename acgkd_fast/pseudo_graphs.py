@@ -11,6 +11,7 @@ from .edges import sample_edges
 from .errors import InputError, check, check_choice, check_tensor
 from .graphs import EdgeSample, GraphBatch
 from .layout import PairLayout
+from .normalize import softmax_rows
 
 FEATURE_KINDS = ("one-hot", "continuous", "degree", "constant")
 # Start of a learnable edge: present in nine draws of ten.
@@ -138,7 +139,7 @@ class PseudoGraphs(nn.Module):
 
     def soft_features(self) -> torch.Tensor:
         """Node features [N, F] as the teacher sees them while learning."""
-        return self.features.softmax(-1) if self.feature_kind in ("one-hot", "degree") else self.features
+        return softmax_rows(self.features) if self.feature_kind in ("one-hot", "degree") else self.features
 
     def hard_features(self) -> torch.Tensor:
         """Node features [N, F] for teaching: one-hot rows where the features are categorical. Detached."""
@@ -166,9 +167,17 @@ class PseudoGraphs(nn.Module):
         temperature: float | torch.Tensor = 1.0,
         estimator: str = "sparse_straight_through",
         capacity: int | None = None,
+        sparse_grad: bool = False,
     ) -> GraphBatch:
         """Draw edges and return the batch as the teacher sees it; see `sample_edges` for the arguments."""
-        edges = self.sample(seed=seed, step=step, temperature=temperature, estimator=estimator, capacity=capacity)
+        edges = self.sample(
+            seed=seed,
+            step=step,
+            temperature=temperature,
+            estimator=estimator,
+            capacity=capacity,
+            sparse_grad=sparse_grad,
+        )
         return GraphBatch(self.soft_features(), edges, self.y)
 
     def sample(
@@ -179,6 +188,7 @@ class PseudoGraphs(nn.Module):
         temperature: float | torch.Tensor = 1.0,
         estimator: str = "sparse_straight_through",
         capacity: int | None = None,
+        sparse_grad: bool = False,
     ) -> EdgeSample:
         """Draw the edges alone."""
         return sample_edges(
@@ -190,6 +200,7 @@ class PseudoGraphs(nn.Module):
             estimator=estimator,
             noise=self.noise,
             capacity=capacity,
+            sparse_grad=sparse_grad,
         )
 
     @torch.no_grad()

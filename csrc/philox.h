@@ -17,7 +17,7 @@ namespace acgkd {
 
 constexpr int kPhiloxRounds = 10;
 
-enum Stream : uint32_t { kEdgeStream = 0, kAbsentStream = 1, kNumStreams = 4 };
+enum Stream : uint32_t { kEdgeStream = 0, kAbsentStream = 1, kNumStreams = 6 };
 
 struct Key {
   uint32_t low, high;
@@ -28,10 +28,11 @@ ACGKD_SHARED Key key_of(int64_t seed) {
 }
 
 constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
+constexpr uint32_t kKeyStep0 = 0x9E3779B9u, kKeyStep1 = 0xBB67AE85u;
 
 ACGKD_SHARED void advance(Key& key) {
-  key.low += 0x9E3779B9u;
-  key.high += 0xBB67AE85u;
+  key.low += kKeyStep0;
+  key.high += kKeyStep1;
 }
 
 // Replaces the counter words by the four output words.

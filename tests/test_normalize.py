@@ -11,7 +11,7 @@ from torch import nn
 
 from acgkd_fast.errors import InputError
 from acgkd_fast.nn.norm import BatchNormReLU
-from acgkd_fast.normalize import column_moments, frozen_norm_relu
+from acgkd_fast.normalize import column_moments, frozen_norm_relu, mean_entropy, softmax_rows
 
 # Rows on both sides of the kernel's blocks of 128, widths around vectors of 4, 8 and 16.
 SHAPES = [(1, 1), (5, 3), (127, 16), (128, 17), (129, 8), (300, 64), (1000, 5)]
@@ -122,6 +122,53 @@ def test_module_is_batch_norm_relu_and_residual(training, frozen):
         torch.testing.assert_close(tensor, plain.state_dict()[name])
 
 
+# Rows on both sides of the kernel's chunks of 2048 values.
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (5, 7), (300, 7), (293, 14), (3, 2050), (129, 16)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_softmax_and_entropy_agree_with_torch(shape, dtype):
+    x = (4.0 * normal(shape, 0)).to(dtype).requires_grad_()
+    oracle = x.detach().double().requires_grad_()
+    soft, expected = softmax_rows(x), oracle.softmax(-1)
+    assert soft.dtype == dtype
+    torch.testing.assert_close(soft.double(), expected, **TOLERANCE[dtype])
+    grad = normal(shape, 1, dtype)
+    (found,), (wanted,) = torch.autograd.grad(soft, x, grad), torch.autograd.grad(expected, oracle, grad.double())
+    torch.testing.assert_close(found.double(), wanted, **TOLERANCE[dtype])
+    if shape[0] == 0:
+        assert torch.isnan(mean_entropy(soft))
+        return
+    rows = soft.detach().requires_grad_()
+    oracle = rows.detach().double().requires_grad_()
+    entropy, expected = mean_entropy(rows), torch.special.entr(oracle).sum(-1).mean()
+    torch.testing.assert_close(entropy.double(), expected, **TOLERANCE[dtype])
+    entropy.backward()
+    expected.backward()
+    away = oracle.detach() > torch.finfo(dtype).tiny
+    torch.testing.assert_close(rows.grad.double()[away], oracle.grad[away], **TOLERANCE[dtype])
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 6), width=st.integers(1, 9), seed=st.integers(0, 99))
+def test_softmax_and_entropy_have_true_gradients(rows, width, seed):
+    x = normal((rows, width), seed).requires_grad_()
+    assert torch.autograd.gradcheck(softmax_rows, (x,))
+    assert torch.autograd.gradcheck(lambda x: mean_entropy(softmax_rows(x)), (x,))
+    assert torch.equal(mean_entropy(softmax_rows(x)), mean_entropy(softmax_rows(x)))
+
+
+def test_entropy_of_saturated_rows_has_a_finite_gradient():
+    x = torch.tensor([[0.0, 1e4], [-torch.inf, 0.0]], requires_grad=True)
+    soft = softmax_rows(x)
+    assert torch.equal(soft, torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    entropy = mean_entropy(soft)
+    assert entropy == 0
+    (grad,) = torch.autograd.grad(entropy, x)
+    assert torch.equal(grad, torch.zeros(2, 2))
+    assert torch.isnan(softmax_rows(torch.tensor([[torch.nan, 1.0]]))).all()
+    assert torch.isnan(mean_entropy(torch.tensor([[torch.nan, 1.0]])))
+    assert mean_entropy(torch.tensor([[-0.5, 1.0]])) == -torch.inf
+
+
 def test_bad_input():
     x, one = torch.zeros(3, 2), torch.ones(2)
     with pytest.raises(InputError, match="x: expected a tensor of shape"):
@@ -150,6 +197,12 @@ def test_opcheck():
             (grad, None, None, flat, mean[:0], *constants),
         ],
     )
+    soft = torch.softmax(x.detach(), -1)
+    opcheck("softmax_rows", [(x,), (x.detach()[:0],)])
+    opcheck("softmax_rows_backward", [(grad, soft)])
+    opcheck("mean_entropy", [(soft.clone().requires_grad_(),)])
+    opcheck("mean_entropy_backward", [(normal((), 1), soft)])
 
 
+OPCHECKED |= {"softmax_rows", "softmax_rows_backward", "mean_entropy", "mean_entropy_backward"}
 OPCHECKED |= {"column_moments", "column_moments_backward", "frozen_norm_relu", "frozen_norm_relu_backward"}

@@ -40,6 +40,7 @@ def edge_cases():
                 logits, *rest, *settings, layout.num_nodes, 40
             )
             yield "sample_edges_backward", (value, rowptr, col, pair, logits, *rest, *settings)
+            yield "sample_edges_backward_sparse", (value, rowptr, col, pair, logits, *rest, *settings)
         for noise in Noise:
             yield "candidate_port", (leaf, *rest, int(noise))
             yield "candidate_port_backward", (normal(layout.num_pairs, 2), logits, *rest, int(noise))

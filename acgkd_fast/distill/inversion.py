@@ -20,11 +20,15 @@ from ..edges.api import arm_gradient
 from ..edges.estimators import ESTIMATORS
 from ..errors import InputError, check, check_choice
 from ..graphs import EdgeSample, GraphBatch
+from ..optim import Adam
 from ..pseudo_graphs import PseudoGraphs
 from ..teachers import Teacher, as_teacher
 from .captured import stepper
 from .objectives import BN_TERMS, batch_norm_term, degree_term, one_hot_entropy
 from .statistics import MomentsProbe
+
+# A gradient of so many floats leaves the cache, and its memory goes back to the system in every step.
+_MANY_PAIRS = 1 << 20
 
 Progress = Callable[[int, dict[str, float]], None]
 ExtraLoss = Callable[[GraphBatch, torch.Tensor], torch.Tensor]
@@ -122,8 +126,7 @@ class Learner:
         groups: list[dict[str, Any]] = [{"params": [pseudo_graphs.logits], "lr": settings.lr_structure}]
         if isinstance(pseudo_graphs.features, torch.nn.Parameter):
             groups.append({"params": [pseudo_graphs.features], "lr": settings.lr_features})
-        # One pass over logits and moments; the default takes about ten.
-        self.optimizer = torch.optim.Adam(groups, fused=True)
+        self.optimizer = Adam(groups) if self._sparse_grad() else torch.optim.Adam(groups, fused=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that another process needs to go on from here, bit for bit."""
@@ -174,7 +177,12 @@ class Learner:
         """
         self.optimizer.zero_grad(set_to_none=True)
         graphs = self.pseudo_graphs(
-            seed=seed, step=step, temperature=temperature, estimator=self.settings.estimator, capacity=capacity
+            seed=seed,
+            step=step,
+            temperature=temperature,
+            estimator=self.settings.estimator,
+            capacity=capacity,
+            sparse_grad=self._sparse_grad(),
         )
         per_graph, bn = self._teacher_losses(graphs)
         terms = {"cross_entropy": per_graph.mean(), "batch_norm": bn, **self._regularisers(graphs.x)}
@@ -185,6 +193,15 @@ class Learner:
         for parameter, gradient in zip(learned, torch.autograd.grad(loss, learned, allow_unused=True), strict=True):
             parameter.grad = gradient
         return {name: term.detach() for name, term in {**terms, "loss": loss}.items()}, graphs.edges
+
+    def _sparse_grad(self) -> bool:
+        """Whether zeros for all candidates would cost more than the places of those that were drawn."""
+        logits, estimator = self.pseudo_graphs.logits, self.settings.estimator
+        sparse = estimator in ("sparse_straight_through", "hard_concrete") and not self._limits_degree()
+        return sparse and logits.is_cpu and logits.numel() >= _MANY_PAIRS
+
+    def _limits_degree(self) -> bool:
+        return self.settings.target_degree is not None and self.settings.c_degree > 0
 
     def _structure_by_arm(self) -> dict[str, torch.Tensor]:
         """GFKD's step: features by gradient on the first draw, structure by the ARM pair."""
@@ -220,7 +237,8 @@ class Learner:
         terms = {}
         if self.pseudo_graphs.feature_kind in ("one-hot", "degree") and self.settings.c_oh > 0:
             terms["entropy"] = one_hot_entropy(x)
-        if self.settings.target_degree is not None and self.settings.c_degree > 0:
+        if self._limits_degree():
+            assert self.settings.target_degree is not None
             terms["degree"] = degree_term(self.pseudo_graphs.expected_degree(), self.settings.target_degree)
         return terms
 

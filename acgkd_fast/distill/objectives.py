@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import check_choice
+from ..normalize import mean_entropy
 from ..propagate import readout
 from .statistics import MomentsProbe, gaussian_divergence, running_stats_norm
 
@@ -31,7 +32,7 @@ def batch_norm_term(probe: MomentsProbe, kind: str = "norm") -> torch.Tensor:
 
 def one_hot_entropy(soft_features: torch.Tensor) -> torch.Tensor:
     """H(X) = mean over nodes of -sum_k X_k log X_k, in nats; 0 for one-hot rows (GFKD's one-hot term)."""
-    return torch.special.entr(soft_features).sum(-1).mean()
+    return mean_entropy(soft_features)
 
 
 def degree_term(expected_degree: torch.Tensor, target: float) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import inf
+from typing import Any
 
 import torch
 
@@ -70,6 +71,7 @@ def sample_edges(
     gamma: float = -0.1,
     zeta: float = 1.1,
     absent_rate: float = 0.1,
+    sparse_grad: bool = False,
 ) -> EdgeSample:
     """Draw Binary Concrete edges for a batch of graphs and return them sparse.
 
@@ -112,6 +114,8 @@ def sample_edges(
         gamma, zeta: stretch of hard_concrete, gamma < 0 and zeta > 1.
         absent_rate: scale of the sampling chance of sparse_straight_through, above 0. At the default
             about as many absent pairs as drawn edges are stored at the density of small molecules.
+        sparse_grad: let the gradient through ``value`` arrive at `logits` as a sparse tensor with an entry per stored
+            pair, which saves writing and reading P zeros; :class:`acgkd_fast.optim.Adam` takes it. Logits [P] only.
 
     Returns:
         EdgeSample in canonical CSR over all N nodes: ``rowptr`` int32 [N + 1], ``col`` int32 [E]
@@ -143,13 +147,18 @@ def sample_edges(
     if estimator == "arm" and noise != "logistic":
         raise InputError("noise: expected 'logistic' with estimator 'arm', whose identity needs it, got 'gumbel'")
 
+    check(
+        not sparse_grad or isinstance(logits, torch.Tensor), "sparse_grad", "False with factorised logits", sparse_grad
+    )
+
     code, noise_code = Estimator[estimator.upper()], Noise[noise.upper()]
     rng, tau = stream_key(seed, step, layout.device), _temperature(temperature, layout.device)
     if isinstance(logits, FactorLogits):
         return _draw_factors(logits, rng, tau, estimator, noise_code, absent_rate, layout, capacity)
     logits = logits.contiguous()
     shared = (logits, layout.table, rng, tau, layout.kind)
-    sample = _draw(shared, code, noise_code, (gamma, zeta, absent_rate), layout, capacity)
+    draw = _draw_sparse_grad if sparse_grad and logits.requires_grad else _draw
+    sample = draw(shared, code, noise_code, (gamma, zeta, absent_rate), layout, capacity)
     if code == Estimator.STRAIGHT_THROUGH and logits.requires_grad:
         port = torch.ops.acgkd_fast.candidate_port(*shared, noise_code)
         sample = replace(sample, port=port, draw=(*shared, int(noise_code)))
@@ -171,6 +180,47 @@ def _draw(
         *shared, int(estimator), int(noise), *stretch, layout.num_nodes, -1 if capacity is None else capacity
     )
     return _as_sample(drawn, layout, capacity)
+
+
+class _SparseGradient(torch.autograd.Function):
+    """The drawn values as a function of the logits whose gradient is a sparse tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, value: torch.Tensor, *context: Any) -> torch.Tensor:
+        ctx.save_for_backward(logits, *context[:-1])
+        ctx.settings = context[-1]
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits, rowptr, col, pair, *rest = ctx.saved_tensors
+        kind = ctx.settings[0]
+        index, grad = torch.ops.acgkd_fast.sample_edges_backward_sparse(
+            grads[0].contiguous(), rowptr, col, pair, logits, *rest, *ctx.settings
+        )
+        # Rows of complete undirected graphs hold their pairs in the order of the pairs.
+        sparse = torch.sparse_coo_tensor(
+            index[None], grad, logits.shape, is_coalesced=kind == 0, check_invariants=False
+        )
+        return (sparse, *[None] * (len(ctx.saved_tensors) + 1))
+
+
+def _draw_sparse_grad(
+    shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int],
+    estimator: Estimator,
+    noise: Noise,
+    stretch: tuple[float, float, float],
+    layout: PairLayout,
+    capacity: int | None,
+) -> EdgeSample:
+    with torch.no_grad():
+        sample = _draw(shared, estimator, noise, stretch, layout, capacity)
+    logits, table, rng, temperature, kind = shared
+    settings = (kind, int(estimator), int(noise), *stretch)
+    value = _SparseGradient.apply(  # type: ignore[no-untyped-call]
+        logits, sample.value, sample.rowptr, sample.col, sample.pair, table, rng, temperature, settings
+    )
+    return replace(sample, value=value)
 
 
 def _draw_factors(

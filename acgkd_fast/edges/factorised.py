@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .._library import define, first_order
+from .._library import define, differentiate
 from ..errors import check, check_tensor
 from ..layout import PairLayout
 from ..philox import Stream, uniform_from_words, words_torch
@@ -199,7 +199,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) 
     ctx.settings = settings
 
 
-@first_order
 def _backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_z, grad_bias = torch.ops.acgkd_fast.sample_factor_edges_backward(
         grads[0].contiguous(), *ctx.saved_tensors, *ctx.settings
@@ -207,4 +206,4 @@ def _backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]
     return (grad_z, grad_bias, *[None] * (len(ctx.settings) + 5))
 
 
-torch.library.register_autograd(SAMPLE_FACTOR_EDGES, _backward, setup_context=_setup)
+differentiate(SAMPLE_FACTOR_EDGES, _backward, _setup)

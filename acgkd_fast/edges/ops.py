@@ -1,8 +1,7 @@
 """Operators of the edge sampler: schemas, fakes and gradients.
 
-Gradients are attached with ``register_autograd`` rather than an ``autograd.Function`` of our own:
-it costs a few microseconds more per call, and in return a raw operator call cannot lose its
-gradient and torch.compile sees no break.
+Gradients are attached to the operators themselves (``_library.differentiate``) rather than by an
+``autograd.Function`` at the call: a raw operator call cannot lose its gradient and torch.compile sees no break.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .._library import define, first_order
+from .._library import define, differentiate
 from . import reference
 
 _LAYOUT = "Tensor logits, Tensor table, Tensor rng, Tensor temperature, int kind"
@@ -30,6 +29,11 @@ def _sample_edges_fake(logits: torch.Tensor, table: torch.Tensor, *args: Any) ->
     )
 
 
+def _sparse_fake(grad_value: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    entries = torch.library.get_ctx().new_dynamic_size()
+    return args[2].new_empty(entries), grad_value.new_empty(entries)
+
+
 SAMPLE_EDGES = define(
     f"sample_edges({_LAYOUT}, {_ESTIMATOR}, SymInt num_nodes, int capacity)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -41,6 +45,12 @@ SAMPLE_EDGES_BACKWARD = define(
     " -> Tensor",
     reference.sample_edges_backward,
     lambda grad_value, rowptr, col, pair, logits, *_: torch.empty_like(logits),
+)
+SAMPLE_EDGES_BACKWARD_SPARSE = define(
+    f"sample_edges_backward_sparse(Tensor grad_value, Tensor rowptr, Tensor col, Tensor pair, {_LAYOUT}, {_ESTIMATOR})"
+    " -> (Tensor, Tensor)",
+    reference.sample_edges_backward_sparse,
+    _sparse_fake,
 )
 CANDIDATE_PORT = define(
     f"candidate_port({_LAYOUT}, int noise) -> Tensor",
@@ -83,7 +93,6 @@ def _sample_edges_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.T
     ctx.settings = settings
 
 
-@first_order
 def _sample_edges_backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_value = grads[0].contiguous()
     grad_logits = torch.ops.acgkd_fast.sample_edges_backward(grad_value, *ctx.saved_tensors, *ctx.settings)
@@ -96,7 +105,6 @@ def _candidate_port_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tenso
     ctx.settings = (kind, noise)
 
 
-@first_order
 def _candidate_port_backward(ctx: Any, grad_port: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_logits = torch.ops.acgkd_fast.candidate_port_backward(
         grad_port.contiguous(), *ctx.saved_tensors, *ctx.settings
@@ -110,7 +118,6 @@ def _node_port_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) ->
     ctx.settings, ctx.shape = (kind, noise), x.shape
 
 
-@first_order
 def _node_port_backward(ctx: Any, grad_port: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     nodes, width = ctx.shape
     left, right, node_term = grad_port.contiguous().view(-1).split([nodes * width, nodes * width, nodes])
@@ -120,6 +127,6 @@ def _node_port_backward(ctx: Any, grad_port: torch.Tensor) -> tuple[torch.Tensor
     return (grad_logits, None, None, None, None, None, None)
 
 
-torch.library.register_autograd(NODE_PORT, _node_port_backward, setup_context=_node_port_setup)
-torch.library.register_autograd(SAMPLE_EDGES, _sample_edges_backward, setup_context=_sample_edges_setup)
-torch.library.register_autograd(CANDIDATE_PORT, _candidate_port_backward, setup_context=_candidate_port_setup)
+differentiate(NODE_PORT, _node_port_backward, _node_port_setup)
+differentiate(SAMPLE_EDGES, _sample_edges_backward, _sample_edges_setup)
+differentiate(CANDIDATE_PORT, _candidate_port_backward, _candidate_port_setup)

@@ -6,6 +6,8 @@ optimised code. Signatures are those of the operators in ``ops.py``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..errors import check
@@ -155,6 +157,19 @@ def sample_edges_backward(
     emitted = pair >= 0
     summed = torch.zeros_like(perturbed).index_add_(0, pair[emitted], grad_value[emitted].to(perturbed.dtype))
     return (slope * summed).to(logits.dtype)
+
+
+def sample_edges_backward_sparse(
+    grad_value: torch.Tensor, rowptr: torch.Tensor, col: torch.Tensor, pair: torch.Tensor, *args: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same gradient at the stored pairs alone: their numbers, in the order of the rows, and its values there."""
+    kind, estimator = args[4], args[5]
+    dense = sample_edges_backward(grad_value, rowptr, col, pair, *args)
+    row = torch.searchsorted(rowptr[1:], torch.arange(len(col), dtype=torch.int32, device=col.device), right=True)
+    directed = PairLayout.from_table(args[1], kind).directed
+    speaks = (pair >= 0) & ((row >= col) | directed)
+    index = pair[speaks & (estimator not in (Estimator.ARM, Estimator.ARM_MIRRORED))]
+    return index, dense[index]
 
 
 def candidate_port(

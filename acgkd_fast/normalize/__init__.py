@@ -1,5 +1,5 @@
-"""Column statistics, and the frozen BatchNorm with what follows it, as fused operators."""
+"""Column statistics, the frozen BatchNorm with what follows it, and softmax and entropy of rows, as fused operators."""
 
-from .api import column_moments, frozen_norm_relu
+from .api import column_moments, frozen_norm_relu, mean_entropy, softmax_rows
 
-__all__ = ["column_moments", "frozen_norm_relu"]
+__all__ = ["column_moments", "frozen_norm_relu", "mean_entropy", "softmax_rows"]

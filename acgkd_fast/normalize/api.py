@@ -72,3 +72,48 @@ def frozen_norm_relu(
     statistics = (mean.contiguous(), variance.contiguous(), weight.contiguous(), bias.contiguous())
     out, *found = torch.ops.acgkd_fast.frozen_norm_relu(x.contiguous(), residual, *statistics, eps, moments)
     return out, *found
+
+
+def softmax_rows(x: torch.Tensor) -> torch.Tensor:
+    """softmax(x) over the last of two dimensions, made for many short rows such as soft node labels.
+
+    Args:
+        x: [N, C]; float32, float64 or bfloat16.
+
+    Returns:
+        [N, C], dtype of `x`. Equal input gives equal bits.
+
+    Gradients:
+        `x`.
+
+    Raises:
+        InputError: not a matrix of these dtypes.
+    """
+    check_tensor("x", x, shape=(None, None), dtypes=_DTYPES)
+    # torch's own kernel is as good elsewhere.
+    if not x.is_cpu:
+        return x.softmax(-1)
+    out: torch.Tensor = torch.ops.acgkd_fast.softmax_rows(x.contiguous())
+    return out
+
+
+def mean_entropy(x: torch.Tensor) -> torch.Tensor:
+    """Mean over rows of -sum_k x_k log x_k, in nats.
+
+    Args:
+        x: [N, C], entries 0 or more; float32, float64 or bfloat16.
+
+    Returns:
+        Scalar; float64 for float64, else float32. Equal input gives equal bits.
+
+    Gradients:
+        `x`; finite at 0, so that saturated soft labels do not turn into NaN.
+
+    Raises:
+        InputError: not a matrix of these dtypes.
+    """
+    check_tensor("x", x, shape=(None, None), dtypes=_DTYPES)
+    if not x.is_cpu:
+        return torch.special.entr(x.clamp(min=torch.finfo(x.dtype).tiny)).sum(-1).mean()
+    mean: torch.Tensor = torch.ops.acgkd_fast.mean_entropy(x.contiguous())
+    return mean

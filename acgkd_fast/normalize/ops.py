@@ -1,6 +1,6 @@
 """Operators of column statistics and frozen BatchNorm: schemas, fakes and gradients.
 
-See ``edges/ops.py`` for why gradients are attached with ``register_autograd``.
+See ``edges/ops.py`` for how gradients are attached.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._library import define, first_order
+from .._library import define, differentiate
 from ..edges.reference import compute_dtype
 from . import reference
 
@@ -47,11 +47,28 @@ FROZEN_NORM_RELU_BACKWARD = define(
 )
 
 
+SOFTMAX_ROWS = define("softmax_rows(Tensor x) -> Tensor", reference.softmax_rows, torch.empty_like)
+SOFTMAX_ROWS_BACKWARD = define(
+    "softmax_rows_backward(Tensor grad_out, Tensor out) -> Tensor",
+    reference.softmax_rows_backward,
+    lambda grad_out, out: torch.empty_like(out),
+)
+MEAN_ENTROPY = define(
+    "mean_entropy(Tensor x) -> Tensor",
+    reference.mean_entropy,
+    lambda x: x.new_empty((), dtype=compute_dtype(x.dtype)),
+)
+MEAN_ENTROPY_BACKWARD = define(
+    "mean_entropy_backward(Tensor grad_mean, Tensor x) -> Tensor",
+    reference.mean_entropy_backward,
+    lambda grad_mean, x: torch.empty_like(x),
+)
+
+
 def _moments_setup(ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     ctx.save_for_backward(inputs[0], output[0])
 
 
-@first_order
 def _moments_backward(ctx: Any, grad_mean: torch.Tensor, grad_variance: torch.Tensor) -> torch.Tensor:
     x, mean = ctx.saved_tensors
     grad: torch.Tensor = torch.ops.acgkd_fast.column_moments_backward(
@@ -68,7 +85,6 @@ def _frozen_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor,
     ctx.has_moments = moments
 
 
-@first_order
 def _frozen_backward(ctx: Any, grad_out: torch.Tensor, *grad_moments: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     grad_mean, grad_variance = (g.contiguous() for g in grad_moments) if ctx.has_moments else (None, None)
     grad_x = torch.ops.acgkd_fast.frozen_norm_relu_backward(
@@ -77,5 +93,27 @@ def _frozen_backward(ctx: Any, grad_out: torch.Tensor, *grad_moments: torch.Tens
     return grad_x, grad_out if ctx.has_residual else None, None, None, None, None, None, None
 
 
-torch.library.register_autograd(COLUMN_MOMENTS, _moments_backward, setup_context=_moments_setup)
-torch.library.register_autograd(FROZEN_NORM_RELU, _frozen_backward, setup_context=_frozen_setup)
+differentiate(COLUMN_MOMENTS, _moments_backward, _moments_setup)
+differentiate(FROZEN_NORM_RELU, _frozen_backward, _frozen_setup)
+
+
+def _softmax_setup(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+    ctx.save_for_backward(output)
+
+
+def _softmax_backward(ctx: Any, grad_out: torch.Tensor) -> torch.Tensor:
+    grad: torch.Tensor = torch.ops.acgkd_fast.softmax_rows_backward(grad_out.contiguous(), *ctx.saved_tensors)
+    return grad
+
+
+def _entropy_setup(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _entropy_backward(ctx: Any, grad_mean: torch.Tensor) -> torch.Tensor:
+    grad: torch.Tensor = torch.ops.acgkd_fast.mean_entropy_backward(grad_mean, *ctx.saved_tensors)
+    return grad
+
+
+differentiate(SOFTMAX_ROWS, _softmax_backward, _softmax_setup)
+differentiate(MEAN_ENTROPY, _entropy_backward, _entropy_setup)

@@ -77,3 +77,26 @@ def frozen_norm_relu_backward(
     if grad_mean is not None and grad_variance is not None:
         grad = grad + column_moments_backward(grad_mean, grad_variance, x.to(scale.dtype), batch_mean)
     return grad.to(x.dtype)
+
+
+def softmax_rows(x: torch.Tensor) -> torch.Tensor:
+    """exp(x_ik) / sum_k exp(x_ik)."""
+    return x.softmax(-1)
+
+
+def softmax_rows_backward(grad_out: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    wide = compute_dtype(out.dtype)
+    grad, y = grad_out.to(wide), out.to(wide)
+    return (y * (grad - (grad * y).sum(-1, keepdim=True))).to(out.dtype)
+
+
+def mean_entropy(x: torch.Tensor) -> torch.Tensor:
+    """Mean over rows of -sum_k x_ik log x_ik."""
+    return torch.special.entr(x.to(compute_dtype(x.dtype))).sum(-1).mean()
+
+
+def mean_entropy_backward(grad_mean: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """-(log x + 1) / N, with log of the smallest normal number at 0, so that a softmax behind it gets 0 and not NaN."""
+    wide = x.to(compute_dtype(x.dtype))
+    logs = wide.clamp(min=torch.finfo(wide.dtype).tiny).log()
+    return (-grad_mean / max(1, len(x)) * (logs + 1.0)).to(x.dtype)

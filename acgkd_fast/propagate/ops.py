@@ -1,6 +1,6 @@
 """Operators of message passing and readout: schemas, fakes and gradients.
 
-See ``edges/ops.py`` for why gradients are attached with ``register_autograd``.
+See ``edges/ops.py`` for how gradients are attached.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .._library import define, first_order
+from .._library import define, differentiate
 from ..edges import ops as edge_ops
 from ..edges.reference import compute_dtype
 from . import reference
@@ -89,7 +89,6 @@ def _gcn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, to
     ctx.settings = (add_self_loops, kind)
 
 
-@first_order
 def _gcn_backward(ctx: Any, grad_out: torch.Tensor, _grad_scale: Any) -> tuple[torch.Tensor | None, ...]:
     x, out, value, scale, table, *matrix = ctx.saved_tensors
     add_self_loops, kind = ctx.settings
@@ -112,7 +111,6 @@ def _gin_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.kind = kind
 
 
-@first_order
 def _gin_backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, value, eps, table, *matrix = ctx.saved_tensors
     grad_out = grad_out.contiguous()
@@ -132,12 +130,11 @@ def _readout_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.settings = (mode, x.shape[0])
 
 
-@first_order
 def _readout_backward(ctx: Any, grad_out: torch.Tensor, _grad_argmax: Any) -> tuple[torch.Tensor | None, ...]:
     grad_x = torch.ops.acgkd_fast.readout_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.settings)
     return grad_x, None, None
 
 
-torch.library.register_autograd(GCN_PROPAGATE, _gcn_backward, setup_context=_gcn_setup)
-torch.library.register_autograd(GIN_PROPAGATE, _gin_backward, setup_context=_gin_setup)
-torch.library.register_autograd(READOUT, _readout_backward, setup_context=_readout_setup)
+differentiate(GCN_PROPAGATE, _gcn_backward, _gcn_setup)
+differentiate(GIN_PROPAGATE, _gin_backward, _gin_setup)
+differentiate(READOUT, _readout_backward, _readout_setup)

@@ -1,5 +1,7 @@
 #include "cpu/blocks.h"
 
+#include <algorithm>
+
 namespace acgkd {
 namespace {
 
@@ -64,6 +66,28 @@ ACGKD_SHARED uint64_t absent(const Real* u, const Real* bell, Real rate) {
   return pack(flags);
 }
 
+template <typename Real>
+ACGKD_SHARED void weigh(uint64_t drawn, Real rate, Real* slope) {
+  for (int i = 0; i < kLanes; ++i) {
+    const Real chance = std::min(Real(1), Real(4) * rate * slope[i]);
+    const Real weighed = chance > Real(0) ? slope[i] / chance : Real(0);
+    slope[i] = drawn >> i & 1 ? slope[i] : weighed;
+  }
+}
+
+template <typename Real>
+ACGKD_SHARED SparseDraw sparse(const Real* theta, const uint32_t* words, Real rate) {
+  uint8_t drawn[kLanes], absent[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const Real u = uniform_of<Real>(words[i]), v = uniform_of<Real>(words[kLanes + i]);
+    const Real odds = u * exponential(theta[i]), rest = Real(1) - u, both = odds + rest;
+    drawn[i] = odds > rest;
+    // Where this overflows the pair is drawn anyway.
+    absent[i] = v * (both * both) < Real(4) * rate * (odds * rest);
+  }
+  return {pack(drawn), pack(absent)};
+}
+
 }  // namespace
 
 // target_clones does not reach templates, hence one overload per type.
@@ -91,6 +115,14 @@ ACGKD_SHARED uint64_t absent(const Real* u, const Real* bell, Real rate) {
   template <>                                                                                                \
   ACGKD_CLONES uint64_t absent_block<Real>(const Real* u, const Real* bell, Real rate) {                     \
     return absent(u, bell, rate);                                                                            \
+  }                                                                                                          \
+  template <>                                                                                                \
+  ACGKD_CLONES void weigh_block<Real>(uint64_t drawn, Real rate, Real* slope) {                              \
+    weigh(drawn, rate, slope);                                                                               \
+  }                                                                                                          \
+  template <>                                                                                                \
+  ACGKD_CLONES SparseDraw sparse_block<Real>(const Real* theta, const uint32_t* words, Real rate) {          \
+    return sparse(theta, words, rate);                                                                       \
   }
 
 ACGKD_FOR_TYPE(float)

@@ -1,4 +1,4 @@
-// sample_edges_backward, candidate_port and its backward, pair_uniforms. Noise is drawn again, never stored.
+// sample_edges_backward(_sparse), candidate_port and its backward, pair_uniforms. Noise is drawn again, never stored.
 #include <algorithm>
 #include <array>
 
@@ -8,50 +8,111 @@
 namespace acgkd {
 namespace {
 
+// The checked arguments of both backward operators.
+struct Sampled {
+  Sampled(const char* op, const Tensor& grad_value, const Tensor& rowptr, const Tensor& col, const Tensor& pair,
+          const Tensor& logits, const Tensor& table, int64_t kind, const Draw& draw)
+      : layouts(op, table, kind), matrix(op, rowptr, col, layouts.num_nodes), pairs(read<int64_t>(pair)), draw(draw) {
+    check(op, "logits", logits, logits.scalar_type(), {layouts.num_pairs});
+    check(op, "grad_value", grad_value, logits.scalar_type(), {col.size(0)});
+    check(op, "pair", pair, ScalarType::Long, {col.size(0)});
+    check_range(op, "pair", pairs, matrix.num_entries, layouts.num_pairs);
+  }
+
+  // Of the two directions of an edge, the lower triangle speaks for both.
+  bool directed() const { return layouts.kind & kDirected; }
+
+  // Entries of a row that speak for their pair.
+  int64_t speakers(int64_t row) const {
+    const int32_t *begin = matrix.col + matrix.rowptr[row], *end = matrix.col + matrix.rowptr[row + 1];
+    return directed() ? end - begin : std::upper_bound(begin, end, static_cast<int32_t>(row)) - begin;
+  }
+
+  Layouts layouts;
+  Matrix matrix;
+  const int64_t* pairs;
+  Draw draw;
+};
+
+// Gradient of the logit behind each entry that speaks for its pair, written at the pair's number, or one behind the
+// other where `row_ptr` says at which place each row begins.
+template <typename Stored>
+void entry_gradients(const Sampled& sampled, const Stored* theta, const Stored* grad, const int64_t* row_ptr,
+                     Stored* out) {
+  const Matrix& matrix = sampled.matrix;
+  torch::stable::parallel_for(0, matrix.num_rows, matrix.rows_per_task(64), [&](int64_t begin, int64_t end) {
+    Batch<WideOf<Stored>> batch;
+    Mirrors<Stored> mirrored(matrix, sampled.pairs, grad);
+    int64_t g = sampled.layouts.graph_of_node(begin);
+    GraphLayout graph = sampled.layouts[g];
+    if (!sampled.directed()) mirrored.enter(graph, begin);
+    int64_t place = row_ptr ? row_ptr[begin] : 0;
+    for (int64_t row = begin; row < end; ++row) {
+      while (row >= graph.first_node + graph.num_nodes) {
+        graph = sampled.layouts[++g];
+        if (!sampled.directed()) mirrored.enter(graph, row);
+      }
+      const int64_t first = matrix.rowptr[row], last = first + sampled.speakers(row);
+      for (int64_t e = first; e < last; ++e) {
+        const int64_t pair = sampled.pairs[e];
+        WideOf<Stored> total = static_cast<WideOf<Stored>>(grad[e]);
+        if (!sampled.directed()) total += mirrored(row, e);
+        batch.add(graph, pair - graph.first_pair, row_ptr ? place++ : pair, static_cast<WideOf<Stored>>(theta[pair]), total);
+        if (batch.size == kLanes) flush(sampled.draw, batch, out);
+      }
+      if (!sampled.directed()) mirrored.leave(row, last);
+    }
+    flush(sampled.draw, batch, out);
+  });
+}
+
 Tensor sample_edges_backward(const Tensor& grad_value, const Tensor& rowptr, const Tensor& col, const Tensor& pair,
                              const Tensor& logits, const Tensor& table, const Tensor& rng, const Tensor& temperature,
                              int64_t kind, int64_t estimator, int64_t noise, double gamma, double zeta,
                              double absent_rate) {
   const char* op = "sample_edges_backward";
-  const Layouts layouts(op, table, kind);
-  check(op, "logits", logits, logits.scalar_type(), {layouts.num_pairs});
-  const Matrix sample(op, rowptr, col, layouts.num_nodes);
-  check(op, "grad_value", grad_value, logits.scalar_type(), {col.size(0)});
-  check(op, "pair", pair, ScalarType::Long, {col.size(0)});
-  const int64_t* pairs = read<int64_t>(pair);
-  check_range(op, "pair", pairs, sample.num_entries, layouts.num_pairs);
   const Draw draw = make_draw(op, rng, temperature, estimator, noise, gamma, zeta, absent_rate);
-  const Tensor grad_logits = new_tensor(logits, {layouts.num_pairs}, logits.scalar_type());
-
+  const Sampled sampled(op, grad_value, rowptr, col, pair, logits, table, kind, draw);
+  const int64_t num_pairs = sampled.layouts.num_pairs;
+  const Tensor grad_logits = new_tensor(logits, {num_pairs}, logits.scalar_type());
   by_dtype(op, logits, [&](auto* type) {
     using Stored = std::remove_pointer_t<decltype(type)>;
-    const Stored *theta = read<Stored>(logits), *grad = read<Stored>(grad_value);
     Stored* out = write<Stored>(grad_logits);
-    torch::stable::parallel_for(0, layouts.num_pairs, 1 << 16, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, num_pairs, 1 << 16, [&](int64_t begin, int64_t end) {
       std::fill(out + begin, out + end, Stored(0));
     });
     // The ARM gradient comes from two losses, not from here.
     if (draw.estimator == kArm || draw.estimator == kArmMirrored) return;
-    const bool directed = kind & kDirected;
-    torch::stable::parallel_for(0, layouts.num_nodes, sample.rows_per_task(64), [&](int64_t begin, int64_t end) {
-      Batch<WideOf<Stored>> batch;
-      int64_t g = layouts.graph_of_node(begin);
-      GraphLayout graph = layouts[g];
-      for (int64_t row = begin; row < end; ++row) {
-        while (row >= graph.first_node + graph.num_nodes) graph = layouts[++g];
-        for (int64_t e = sample.rowptr[row]; e < sample.rowptr[row + 1]; ++e) {
-          // Of the two directions of an edge, the lower triangle speaks for both.
-          if (!directed && sample.col[e] > row) break;
-          WideOf<Stored> total = static_cast<WideOf<Stored>>(grad[e]);
-          if (!directed) total += mirrored_grad(sample, pairs, grad, row, e, graph.first_node);
-          batch.add(graph, pairs[e] - graph.first_pair, pairs[e], static_cast<WideOf<Stored>>(theta[pairs[e]]), total);
-          if (batch.size == kLanes) flush(draw, batch, out);
-        }
-      }
-      flush(draw, batch, out);
-    });
+    entry_gradients(sampled, read<Stored>(logits), read<Stored>(grad_value), nullptr, out);
   });
   return grad_logits;
+}
+
+std::tuple<Tensor, Tensor> sample_edges_backward_sparse(const Tensor& grad_value, const Tensor& rowptr,
+                                                        const Tensor& col, const Tensor& pair, const Tensor& logits,
+                                                        const Tensor& table, const Tensor& rng,
+                                                        const Tensor& temperature, int64_t kind, int64_t estimator,
+                                                        int64_t noise, double gamma, double zeta, double absent_rate) {
+  const char* op = "sample_edges_backward_sparse";
+  const Draw draw = make_draw(op, rng, temperature, estimator, noise, gamma, zeta, absent_rate);
+  const Sampled sampled(op, grad_value, rowptr, col, pair, logits, table, kind, draw);
+  const bool arm = estimator == kArm || estimator == kArmMirrored;
+  std::vector<int64_t> row_ptr(sampled.layouts.num_nodes + 1, 0);
+  for (int64_t row = 0; row < sampled.layouts.num_nodes && !arm; ++row) {
+    row_ptr[row + 1] = row_ptr[row] + sampled.speakers(row);
+  }
+  const Tensor index = new_tensor(pair, {row_ptr.back()}, ScalarType::Long);
+  const Tensor grad = new_tensor(logits, {row_ptr.back()}, logits.scalar_type());
+  for (int64_t row = 0; row < sampled.layouts.num_nodes; ++row) {
+    std::copy_n(sampled.pairs + sampled.matrix.rowptr[row], row_ptr[row + 1] - row_ptr[row],
+                write<int64_t>(index) + row_ptr[row]);
+  }
+  by_dtype(op, logits, [&](auto* type) {
+    using Stored = std::remove_pointer_t<decltype(type)>;
+    if (arm) return;
+    entry_gradients(sampled, read<Stored>(logits), read<Stored>(grad_value), row_ptr.data(), write<Stored>(grad));
+  });
+  return {index, grad};
 }
 
 Draw straight_through(const char* op, const Layouts& layouts, const Tensor& logits, const Tensor& rng,
@@ -145,6 +206,7 @@ Tensor pair_uniforms(const Tensor& table, const Tensor& rng, int64_t kind, int64
 
 STABLE_TORCH_LIBRARY_IMPL(acgkd_fast, CPU, m) {
   m.impl("sample_edges_backward", TORCH_BOX(&sample_edges_backward));
+  m.impl("sample_edges_backward_sparse", TORCH_BOX(&sample_edges_backward_sparse));
   m.impl("candidate_port", TORCH_BOX(&candidate_port));
   m.impl("candidate_port_backward", TORCH_BOX(&candidate_port_backward));
   m.impl("candidate_backward", TORCH_BOX(&candidate_backward));

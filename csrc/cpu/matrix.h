@@ -10,16 +10,8 @@
 namespace acgkd {
 
 // All of values[0 .. count - 1] lie in 0 .. bound - 1.
-template <typename Int>
-void check_range(const char* op, const char* name, const Int* values, int64_t count, int64_t bound) {
-  Int low = 0, high = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    low = std::min(low, values[i]);
-    high = std::max(high, values[i]);
-  }
-  STD_TORCH_CHECK(count == 0 || (low >= 0 && high < bound), op, ": ", name, ": expected values in 0..", bound - 1,
-                  ", got ", low < 0 ? low : high);
-}
+void check_range(const char* op, const char* name, const int32_t* values, int64_t count, int64_t bound);
+void check_range(const char* op, const char* name, const int64_t* values, int64_t count, int64_t bound);
 
 // Row r owns entries rowptr[r] .. rowptr[r + 1] - 1; what stands behind the last row is unused capacity.
 struct Matrix {

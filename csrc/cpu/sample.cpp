@@ -23,18 +23,30 @@ void split(const Layouts& layouts, Drawn<Real>& drawn) {
   drawn.chunks.resize(chunk + (filled > 0));
 }
 
+struct Decision {
+  uint64_t kept, drawn;
+};
+
 template <typename Real>
 struct Lanes {
   alignas(64) Real theta[kLanes], u[kLanes], z[kLanes], value[kLanes];
 };
 
-// Mask of the pairs to keep; fills lanes.value for estimators whose value is not always 1.
+// Masks of the pairs to keep and of those with theta + L > 0 for estimators of 0/1 values; the others fill lanes.value.
 template <typename Real>
-uint64_t decide(const Draw& draw, const Address& address, uint32_t counter, Lanes<Real>& lanes) {
-  uint32_t words[kLanes];
+Decision decide(const Draw& draw, const Address& address, uint32_t counter, Lanes<Real>& lanes) {
+  uint32_t words[2 * kLanes];
+  if (draw.estimator == kSparseStraightThrough && draw.noise == kLogistic && draw.temperature == 1.0) {
+    words_two_streams(address, kAbsentStream, counter, words);
+    const SparseDraw found = sparse_block(lanes.theta, words, static_cast<Real>(draw.absent_rate));
+    return {found.drawn | found.absent, found.drawn};
+  }
   words_block(address, counter, words);
   uniforms_block(words, draw.estimator == kArmMirrored, lanes.u);
-  if (draw.hard()) return drawn_block(lanes.theta, lanes.u, draw.noise);
+  if (draw.hard()) {
+    const uint64_t drawn = drawn_block(lanes.theta, lanes.u, draw.noise);
+    return {drawn, drawn};
+  }
 
   scaled_block(lanes.theta, lanes.u, draw.noise, static_cast<Real>(draw.temperature), lanes.z);
   if (draw.estimator == kSparseStraightThrough) {
@@ -45,11 +57,10 @@ uint64_t decide(const Draw& draw, const Address& address, uint32_t counter, Lane
     words_block(absent, counter, words);
     uniforms_block(words, false, lanes.u);
     const uint64_t sampled = absent_block(lanes.u, lanes.value, static_cast<Real>(draw.absent_rate));
-    for (int i = 0; i < kLanes; ++i) lanes.value[i] = static_cast<Real>(drawn >> i & 1);
-    return drawn | sampled;
+    return {drawn | sampled, drawn};
   }
   soft_block(lanes.z, lanes.value);
-  if (draw.estimator == kRelaxed) return ~uint64_t(0);
+  if (draw.estimator == kRelaxed) return {~uint64_t(0), 0};
 
   const Real gamma = static_cast<Real>(draw.gamma), zeta = static_cast<Real>(draw.zeta);
   uint64_t kept = 0;
@@ -58,7 +69,7 @@ uint64_t decide(const Draw& draw, const Address& address, uint32_t counter, Lane
     lanes.value[i] = stretched > Real(1) ? Real(1) : stretched;
     kept |= static_cast<uint64_t>(stretched > Real(0)) << i;
   }
-  return kept;
+  return {kept, 0};
 }
 
 }  // namespace
@@ -78,9 +89,15 @@ Drawn<Real> draw_pairs(const LogitSource<Real>& logits, const Layouts& layouts, 
     for (int64_t first = piece.begin; first < piece.end; first += kLanes) {
       const int count = static_cast<int>(std::min<int64_t>(kLanes, piece.end - first));
       logits(graph, first, count, lanes.theta);
-      uint64_t mask = decide(draw, address, static_cast<uint32_t>(first / 4), lanes);
-      if (count < kLanes) mask &= (uint64_t(1) << count) - 1;
-      hits.append(first, mask, draw.hard() ? nullptr : lanes.value);
+      Decision found = decide(draw, address, static_cast<uint32_t>(first / 4), lanes);
+      if (count < kLanes) found.kept &= (uint64_t(1) << count) - 1;
+      if (draw.hard()) {
+        hits.append(first, found.kept);
+      } else if (draw.estimator == kSparseStraightThrough) {
+        hits.append(first, found.kept, [&](int lane) { return static_cast<Real>(found.drawn >> lane & 1); });
+      } else {
+        hits.append(first, found.kept, [&](int lane) { return lanes.value[lane]; });
+      }
     }
     piece.hits_end = hits.size();
   };

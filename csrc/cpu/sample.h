@@ -47,14 +47,21 @@ class Hits {
     capacity_ = size_;
   }
 
-  // Appends first + i for every set bit i, with values[i] unless `values` is null (for all calls or for none).
-  void append(int64_t first, uint64_t mask, const Real* values) {
-    if (size_ + kLanes > capacity_) grow(values != nullptr);
+  // Appends first + i with value_of(i) for every set bit i.
+  template <typename Function>
+  void append(int64_t first, uint64_t mask, const Function& value_of) {
+    if (size_ + kLanes > capacity_) grow(true);
     for (; mask; mask &= mask - 1) {
       const int lane = __builtin_ctzll(mask);
-      if (values) value_[size_] = values[lane];
+      value_[size_] = value_of(lane);
       pair_[size_++] = first + lane;
     }
+  }
+
+  // The same for values that are all 1; to be called always or never.
+  void append(int64_t first, uint64_t mask) {
+    if (size_ + kLanes > capacity_) grow(false);
+    for (; mask; mask &= mask - 1) pair_[size_++] = first + __builtin_ctzll(mask);
   }
 
  private:

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "cpu/matrix.h"
 #include "cpu/sample.h"
@@ -43,13 +44,9 @@ void slopes(const Draw& draw, const Real* theta, const Real* u, Real* z, Real* s
       slope[i] *= stretched > Real(0) && stretched < Real(1) ? stretch : Real(0);
     }
   } else if (draw.estimator == kSparseStraightThrough) {
-    const uint64_t drawn = drawn_block(theta, u, draw.noise);
-    const Real rate = static_cast<Real>(draw.absent_rate) * Real(4);
-    for (int i = 0; i < kLanes; ++i) {
-      const Real chance = std::min(Real(1), rate * slope[i]);
-      if (!(drawn >> i & 1)) slope[i] = chance > Real(0) ? slope[i] / chance : Real(0);
-    }
+    weigh_block(drawn_block(theta, u, draw.noise), static_cast<Real>(draw.absent_rate), slope);
   }
+  if (temperature == Real(1)) return;
   for (int i = 0; i < kLanes; ++i) slope[i] /= temperature;
 }
 
@@ -82,5 +79,46 @@ WideOf<Stored> mirrored_grad(const Matrix& sample, const int64_t* pair, const St
   if (found == end || sample.col[found] != wanted || pair[found] != pair[e]) return 0;
   return static_cast<WideOf<Stored>>(grad[found]);
 }
+
+// The same for rows visited in ascending order: the opposites of a row's smaller partners are then met in order, and
+// each is the one behind the last, which a search would find at the price of several mispredicted branches.
+template <typename Stored>
+class Mirrors {
+ public:
+  Mirrors(const Matrix& sample, const int64_t* pair, const Stored* grad) : sample_(sample), pair_(pair), grad_(grad) {}
+
+  // Before the first row of a graph that is visited.
+  void enter(const GraphLayout& graph, int64_t row) {
+    first_node_ = graph.first_node;
+    next_.resize(graph.num_nodes);
+    for (int64_t i = 0; i < graph.num_nodes; ++i) {
+      const int32_t *begin = sample_.col + sample_.rowptr[first_node_ + i], *end = sample_.col + sample_.rowptr[first_node_ + i + 1];
+      const int32_t* from = first_node_ + i < row ? std::lower_bound(begin, end, static_cast<int32_t>(row)) : end;
+      next_[i] = static_cast<int32_t>(from - sample_.col);
+    }
+  }
+
+  // Behind a row, whose entries from `entry` on lead to larger partners.
+  void leave(int64_t row, int64_t entry) { next_[row - first_node_] = static_cast<int32_t>(entry); }
+
+  WideOf<Stored> operator()(int64_t row, int64_t e) {
+    const int32_t other = sample_.col[e];
+    const int64_t local = other - first_node_;
+    if (local >= 0 && local < static_cast<int64_t>(next_.size())) {
+      int32_t& at = next_[local];
+      if (at < sample_.rowptr[other + 1] && sample_.col[at] == row && pair_[at] == pair_[e]) {
+        return static_cast<WideOf<Stored>>(grad_[at++]);
+      }
+    }
+    return mirrored_grad(sample_, pair_, grad_, row, e, first_node_);
+  }
+
+ private:
+  const Matrix& sample_;
+  const int64_t* pair_;
+  const Stored* grad_;
+  int64_t first_node_ = 0;
+  std::vector<int32_t> next_;
+};
 
 }  // namespace acgkd

@@ -1,0 +1,5 @@
+"""Optimisers for edge logits."""
+
+from .api import Adam
+
+__all__ = ["Adam"]
