@@ -160,7 +160,7 @@ def test_no_step_looks_at_the_device(estimator, noise):
             step._step()
     assert int(step._rng[1]) == 3
     # The same test on a step that does look: the plain one, whose draw has an exact length.
-    with pytest.raises(HostReadError, match=r"sample_edges waits for the device, called by .*_library\.py"), NoHostReads():
+    with pytest.raises(HostReadError, match=r"sample_edges waits for the device, called by"), NoHostReads():
         learner.advance()
 
 
