@@ -173,3 +173,16 @@ def test_bad_input_is_named(change, message):
     arguments = {"logits": torch.zeros(2, 3, 3), "seed": 0} | change
     with pytest.raises(InputError, match=message):
         af.sample_dense_edges(arguments.pop("logits"), **arguments)
+
+
+@pytest.mark.gpu
+def test_cuda_draws_the_same_matrices():
+    logits = normal((5, 9, 9), 6, torch.float32).requires_grad_()
+    for options in ({}, {"symmetric": "none"}, {"self_loops": True, "estimator": "relaxed"}, {"noise": "gumbel"}):
+        drawn = {}
+        for device in ("cpu", "cuda"):
+            value = af.sample_dense_edges(logits.to(device), seed=1, step=2, temperature=0.7, **options)
+            (grad,) = torch.autograd.grad(value.square().sum() + value.sum(), logits)
+            drawn[device] = value.detach().cpu(), grad
+        for found, wanted in zip(drawn["cuda"], drawn["cpu"], strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -8,14 +8,32 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+RUNS = {
+    "own_model": ({"num_graphs": 40, "epochs": 5, "pool_size": 20, "steps": 20}, {"teacher", "student"}),
+    "cmi_driver": (
+        {"num_graphs": 30, "teacher_epochs": 2, "epochs": 1, "steps": 5, "kd_steps": 3},
+        {"teacher", "student"},
+    ),
+    "dfad_loop": ({"num_graphs": 30, "teacher_epochs": 2, "rounds": 2, "batch_size": 8}, {"teacher", "student"}),
+    "condensation": (
+        {"num_graphs": 10, "per_class": 2, "steps": 3, "epochs": 5},
+        {"all graphs", "start", "condensed"},
+    ),
+}
 
 
 @pytest.mark.filterwarnings("ignore:k. expected at most:RuntimeWarning")
-def test_own_model():
-    pytest.importorskip("torch_geometric", reason="the example's teacher is written with torch-geometric")
-    spec = importlib.util.spec_from_file_location("own_model", EXAMPLES / "own_model.py")
+@pytest.mark.parametrize("name", RUNS)
+def test_example(name):
+    pytest.importorskip("torch_geometric", reason="the examples' data are made with torch-geometric")
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    scores = module.main(num_graphs=40, epochs=5, pool_size=20, steps=20)
-    assert set(scores) == {"teacher", "student"}
+    arguments, rows = RUNS[name]
+    scores = module.main(**arguments)
+    assert set(scores) == rows
     assert all(0.0 <= score <= 1.0 for score in scores.values())
+
+
+def test_every_example_is_run():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(RUNS)

@@ -194,6 +194,26 @@ def test_dgl_export(monkeypatch):
     assert graph.batch_edges.tolist() == per_graph
 
 
+def test_the_export_runs_in_dgl():
+    dgl = pytest.importorskip("dgl")
+    layout = af.PairLayout.complete([5, 1, 7])
+    logits = torch.zeros(layout.num_pairs, requires_grad=True)
+    graphs = af.GraphBatch(torch.randn(13, 4), af.sample_edges(logits, layout, seed=0))
+    graph = graphs.to_dgl()
+    assert [part.num_nodes() for part in dgl.unbatch(graph)] == [5, 1, 7]
+    layer = dgl.nn.GraphConv(4, 3, norm="none", allow_zero_in_degree=True)
+    out = layer(graph, graph.ndata["attr"], edge_weight=graph.edata["weight"])
+    wanted = af.gin_propagate(graphs.x @ layer.weight, graphs.edges, eps=-1.0) + layer.bias
+    torch.testing.assert_close(out, wanted)
+    (grad,) = torch.autograd.grad(out.sum(), logits)
+    assert grad.any()
+
+    generator = pygip.GraphGenerator(30, 4, 2)
+    graph, x = generator.generate()
+    layer(graph, x, edge_weight=graph.edata["weight"]).square().sum().backward()
+    assert generator.logits.grad.any() and generator.features.grad.any()
+
+
 def test_without_dgl_there_is_one_clear_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "dgl", None)
     with pytest.raises(InputError, match="to_dgl: expected DGL to be installed"):

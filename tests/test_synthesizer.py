@@ -216,3 +216,17 @@ def test_arguments_that_do_not_fit_are_named(options, message):
 def test_sampling_before_synthesis_says_so():
     with pytest.raises(InputError, match="data_pool: expected at least one graph"):
         make_synthesizer("refine").sample()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["learn", "refine", "both", "generator"])
+def test_engines_on_cuda(engine):
+    generator = make_generator().cuda() if engine == "generator" else None
+    student = build_model("gcn2-8", 3, 2).cuda()
+    synthesizer = af.GraphSynthesizer(
+        make_teacher().cuda(), student, generator, prior=PRIOR, engine=engine, iterations=6, adv=0.5
+    )
+    graphs = synthesizer.synthesize(torch.tensor([0, 1, 1, 0]))["synthetic"]
+    batch = synthesizer.sample(3)
+    assert graphs.x.is_cuda and batch.edges.col.is_cuda and batch.num_graphs == 3
+    assert synthesizer.data_pool.sample(2, balance=True).y.is_cuda
