@@ -57,7 +57,9 @@ def test_hooks_leave_nothing_behind():
     with hooks:
         with pytest.raises(InputError, match="r_feature"):
             _ = hooks[0].r_feature
-        model(graphs.x, graphs.edges)
+        for _ in range(3):
+            model(graphs.x, graphs.edges)
+        assert len(hooks._probe.moments) == len(hooks)
         hooks[1].remove()
         assert not registered(model)
         hooks[0].close()

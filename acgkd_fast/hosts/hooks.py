@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import torch
@@ -78,7 +78,9 @@ class BatchNormHooks:
 
     def __init__(self, module: nn.Module, mmt_rate: float = 0.0) -> None:
         check(0.0 <= mmt_rate < 1.0, "mmt_rate", "a number in [0, 1)", mmt_rate)
+        self._module = module
         self._probe = MomentsProbe(module)
+        self._undo: Callable[[], None] | None = None
         self._hooks = [
             BatchNormHook(self, layer, mmt_rate)
             for layer in module.modules()
@@ -96,6 +98,8 @@ class BatchNormHooks:
 
     def __enter__(self) -> Self:
         self._probe.__enter__()
+        # Each forward pass stands alone, so that a long loop inside one `with` holds one pass and not all.
+        self._undo = self._module.register_forward_pre_hook(lambda *_: self._probe.reset()).remove
         return self
 
     def __exit__(
@@ -104,11 +108,11 @@ class BatchNormHooks:
         self.remove()
 
     def remove(self) -> None:
+        """What the end of the ``with`` does; harmless a second time."""
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
         self._probe.__exit__(None, None, None)
-        self._probe.reset()
-
-    def reset(self) -> None:
-        """Forget the last forward pass, before the next one inside the same ``with``."""
         self._probe.reset()
 
     def loss(self) -> torch.Tensor:
@@ -119,7 +123,7 @@ class BatchNormHooks:
         """(mean, biased variance) of the last batch that a layer saw.
 
         Raises:
-            InputError: it saw none since the ``with`` or the last :meth:`reset`.
+            InputError: it saw none since the ``with``.
         """
         for (running_mean, _), moments in zip(
             reversed(self._probe.running), reversed(self._probe.moments), strict=True
