@@ -16,11 +16,11 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from host_loops import DosCondHost, GFKDHost, StatisticsHook, kidd_host, ogmm_host, torch_uniforms
-from synthesis_loops import DenseGenerator, dfad
+from host_loops import DosCondHost, GFKDHost, StatisticsHook, StealHost, kidd_host, ogmm_host, torch_uniforms
+from synthesis_loops import DenseGenerator, GenerativeHost, cmi_driver, dfad, meta_loop
 
 import acgkd_fast as af
-from acgkd_fast.hosts import doscond, gfkd, kidd, ogmm, pygip
+from acgkd_fast.hosts import doscond, gfkd, kidd, ogmm, pygip, stealgnn
 from acgkd_fast.hosts.vision import OneBatch
 from acgkd_fast.nn import build_model
 
@@ -113,11 +113,69 @@ def test_pygip(contest: Any) -> None:
         contest({"ours": generator, "host": theirs})
 
 
-def test_dfad(contest: Any) -> None:
-    """Three rounds of DFAD on 64 graphs of 10 to 29 nodes: dense relaxed matrices against drawn edges."""
+@pytest.mark.parametrize("kind", stealgnn.GENERATOR_TYPES)
+def test_stealgnn(kind: str, contest: Any) -> None:
+    """A graph of 250 nodes through a two-layer surrogate, with the gradient; the host's structure gets none."""
+    generators = {
+        "ours": stealgnn.GraphGenerator(32, 250, 16, kind),
+        "host": StealHost(32, 250, 16, kind),
+    }
+    layers = af.nn.GCNConv(16, 64), af.nn.GCNConv(64, 4)
+    z = torch.randn(1, 32)
+
+    def step(name: str) -> None:
+        generator: Any = generators[name]
+        if name == "ours":
+            x, edges = generator.graph(z)
+        else:
+            x, matrix = generator(z)
+            edges = matrix.nonzero().t()
+        layers[1](torch.relu(layers[0](x, edges)), edges).square().mean().backward()
+
+    contest({name: lambda n=name: step(n) for name in generators})
+
+
+def graph_models() -> tuple[OneBatch, OneBatch]:
     torch.manual_seed(0)
     teacher = OneBatch(build_model("gcn5-64", 7, 2).eval().requires_grad_(False))
-    student = OneBatch(build_model("gcn3-32", 7, 2, dropout=0.0))
+    return teacher, OneBatch(build_model("gcn3-32", 7, 2, dropout=0.0))
+
+
+def test_cmi(contest: Any) -> None:
+    """Two epochs of a generative driver on 64 graphs of 10 to 29 nodes; the host has dense relaxed matrices."""
+    teacher, student = graph_models()
+    losses = {"adv": 0.5, "bn": 0.1, "oh": 1.0}
+
+    def ours() -> None:
+        generator = af.Generator(7, batch_size=64, num_classes=2)
+        own = copy.deepcopy(student)
+        synthesizer = af.GraphSynthesizer(teacher, own, generator, iterations=5, degree=0.0, **losses)
+        cmi_driver(synthesizer, own, teacher)
+
+    def theirs() -> None:
+        generator = DenseGenerator(af.Generator(7, batch_size=64, num_classes=2, estimator="relaxed"))
+        own = copy.deepcopy(student)
+        host = GenerativeHost(teacher, own, generator, iterations=5, batch_size=64, lr_g=1e-3, **losses)
+        cmi_driver(host, own, teacher)
+        for hook in host.hooks:
+            hook.close()
+
+    contest({"ours": ours, "host": theirs})
+
+
+def test_fast_datafree(contest: Any) -> None:
+    """Three rounds of FOMAML with two inner steps, on 64 graphs of 10 to 29 nodes."""
+    teacher, _ = graph_models()
+    contenders = {
+        "ours": af.Generator(7, batch_size=64),
+        "host": DenseGenerator(af.Generator(7, batch_size=64, estimator="relaxed")),
+    }
+    contest({name: lambda g=g: meta_loop(g.clone(), teacher, graphs=64) for name, g in contenders.items()})
+
+
+def test_dfad(contest: Any) -> None:
+    """Three rounds of DFAD on 64 graphs of 10 to 29 nodes: dense relaxed matrices against drawn edges."""
+    teacher, student = graph_models()
     contenders = {
         "ours": af.Generator(7, batch_size=64),
         "ours, relaxed": af.Generator(7, batch_size=64, estimator="relaxed"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+from torch import nn
 
 from acgkd_fast.edges.dense import dense_uniforms
 
@@ -137,3 +138,32 @@ def ogmm_host(generator, uniforms):
         soft = torch.sigmoid(((kept - (1 - kept)) + torch.log(u) - torch.log(1 - u)) / generator.tau)
         matrices.append((soft > 0.5).float() + soft - soft.detach())
     return generator.labels, matrices, [x[:n] for x, n in zip(generator.features, generator.sizes, strict=True)]
+
+
+class StealHost(nn.Module):
+    """STEALGNN's generator: tanh features, cut cosine or symmetric sigmoid, rows normalised, no gradient of the cut."""
+
+    def __init__(self, noise_dim, num_nodes, feature_dim, generator_type="cosine", threshold=0.1):
+        super().__init__()
+        self.shape, self.kind, self.threshold = (num_nodes, feature_dim), generator_type, threshold
+
+        def mlp(outputs, last):
+            widths = [noise_dim, 128, 256]
+            layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
+            return nn.Sequential(*layers, nn.Linear(256, outputs), last)
+
+        self.feature_gen = mlp(num_nodes * feature_dim, nn.Tanh())
+        if generator_type == "full_param":
+            self.structure_gen = mlp(num_nodes * num_nodes, nn.Sigmoid())
+
+    def forward(self, z):
+        n = self.shape[0]
+        x = self.feature_gen(z).view(self.shape)
+        if self.kind == "cosine":
+            unit = x / x.norm(dim=1, keepdim=True)
+            adj = (unit @ unit.T > self.threshold).float()
+        else:
+            adj = self.structure_gen(z).view(n, n)
+            adj = (adj + adj.T) / 2
+        adj = adj * (1 - torch.eye(n))
+        return x, adj / adj.sum(1, keepdim=True).clamp(min=1)

@@ -21,8 +21,12 @@ class DenseGenerator(nn.Module):
         super().__init__()
         self.like = like
 
-    def forward(self, z):
-        like, graphs, n = self.like, len(z), max(self.like.sizes)
+    def forward(self, z=None, y=None):
+        like, n = self.like, max(self.like.sizes)
+        z = like.draw_z(len(y)) if z is None else z
+        graphs = len(z)
+        if y is not None:
+            z = z + like.classes(y)
         hidden = like.body(z)
         nodes = like.nodes(hidden).view(graphs, n, -1)
         factors, x = nodes[..., : like.rank], nodes[..., like.rank :].softmax(-1)
@@ -35,7 +39,7 @@ class DenseGenerator(nn.Module):
         off_diagonal = ~torch.eye(n, dtype=torch.bool)
         adjacency = adjacency * (mask[:, :, None] & mask[:, None, :] & off_diagonal)
         like.calls += 1
-        return af.GraphBatch.from_dense(x * mask[..., None], adjacency, mask)
+        return af.GraphBatch.from_dense(x * mask[..., None], adjacency, mask, y)
 
     def clone(self):
         return DenseGenerator(self.like.clone())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import types
 
 import pytest
 import torch
+from host_loops import StealHost
 from torch import nn
 
 import acgkd_fast as af
@@ -27,38 +27,9 @@ class Net(nn.Module):
         return self.second(torch.relu(self.first(x, edges, weight)), edges, weight)
 
 
-class HostGenerator(nn.Module):
-    """The host's maths: tanh features, cut cosine or symmetric sigmoid, rows normalised, no gradient of the cut."""
-
-    def __init__(self, noise_dim, num_nodes, feature_dim, generator_type="cosine", threshold=0.1):
-        super().__init__()
-        self.shape, self.kind, self.threshold = (num_nodes, feature_dim), generator_type, threshold
-
-        def mlp(outputs, last):
-            widths = [noise_dim, 128, 256]
-            layers = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
-            return nn.Sequential(*layers, nn.Linear(256, outputs), last)
-
-        self.feature_gen = mlp(num_nodes * feature_dim, nn.Tanh())
-        if generator_type == "full_param":
-            self.structure_gen = mlp(num_nodes * num_nodes, nn.Sigmoid())
-
-    def forward(self, z):
-        n = self.shape[0]
-        x = self.feature_gen(z).view(self.shape)
-        if self.kind == "cosine":
-            unit = x / x.norm(dim=1, keepdim=True)
-            adj = (unit @ unit.T > self.threshold).float()
-        else:
-            adj = self.structure_gen(z).view(n, n)
-            adj = (adj + adj.T) / 2
-        adj = adj * (1 - torch.eye(n))
-        return x, adj / adj.sum(1, keepdim=True).clamp(min=1)
-
-
 def pair_of_generators(kind, seed=0):
     torch.manual_seed(seed)
-    host = HostGenerator(4, 9, 5, kind, 0.3)
+    host = StealHost(4, 9, 5, kind, 0.3)
     ours = stealgnn.GraphGenerator(4, 9, 5, kind, 0.3)
     ours.load_state_dict(host.state_dict())
     return host, ours
@@ -149,7 +120,7 @@ def test_stealgnn_draws_with_the_networks_probability():
     _, ours = pair_of_generators("full_param")
     z = torch.randn(1, 4, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        _, adj = HostGenerator.forward(pair_of_generators("full_param")[0], z)
+        _, adj = StealHost.forward(pair_of_generators("full_param")[0], z)
         wanted = ours._probability(z)
         counts = sum(_dense(ours.graph(z)[1]) for _ in range(400)) / 400
     off = ~torch.eye(9, dtype=torch.bool)
