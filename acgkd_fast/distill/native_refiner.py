@@ -67,7 +67,7 @@ def advance_native(refiner: Refiner, packed: PackedTeacher, steps: int) -> None:
         num_labels=refiner._num_labels,
         interval=settings.interval,
         temperature=settings.temperature,
-        stop_k=settings.stop_k,
+        stop_k=None if refiner._unlabelled else settings.stop_k,
         min_steps=settings.min_steps,
         proposals=settings.proposals,
         limits=refiner._limits,

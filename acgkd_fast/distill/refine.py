@@ -28,6 +28,7 @@ def refine(
     lam_k: float = 3.0,
     w_ce: float = 1.0,
     cap: float = 0.1,
+    unlabelled: float = 0.0,
     share: float = 0.3,
     relabel: float = 0.6,
     rewire: float = 0.9,
@@ -57,11 +58,11 @@ def refine(
 
     Args:
         graphs: where to start: simple undirected graphs of weight 1 (sparse and connected is best, see
-            ``starts.random_trees``) with features x [N, F] and labels y, the classes equally often. Their sizes and
-            labels stay, their features only where they are labels.
+            ``starts.random_trees``) with features x [N, F] and labels y, the classes equally often. Their sizes stay;
+            their features too unless they are labels, and y unless `unlabelled`.
         teacher: a Teacher or any module that `as_teacher` accepts; stays frozen.
-        steps, lam_k, w_ce, cap, share, relabel, rewire, temperature, stop_k, min_steps, engine, interval, two_hop,
-        keep_degrees, connected, max_degree, proposals: see :class:`RefineSettings`.
+        steps, lam_k, w_ce, cap, unlabelled, share, relabel, rewire, temperature, stop_k, min_steps, engine, interval,
+        two_hop, keep_degrees, connected, max_degree, proposals: see :class:`RefineSettings`.
         seed, feature_kind, edge_weights, constraint, graph_ids: see :class:`Refiner`.
         progress: called with (step, metrics) every `report_every` steps and after the last.
         report_every: how often.
@@ -84,6 +85,7 @@ def refine(
         lam_k=lam_k,
         w_ce=w_ce,
         cap=cap,
+        unlabelled=unlabelled,
         share=share,
         relabel=relabel,
         rewire=rewire,

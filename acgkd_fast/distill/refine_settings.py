@@ -24,6 +24,10 @@ class RefineSettings:
         lam_k: weight of K.
         w_ce: weight of the cross-entropy term.
         cap: cross-entropy of a graph below which nothing more is gained.
+        unlabelled: share of the steps, in [0, 1), that come first and follow K alone. Then the labels are dealt
+            anew, each class as often as before, to the graphs that the teacher finds most typical of it
+            (:func:`~.labels.deal_labels`), and the cross-entropy term sets in. 0 keeps the labels as given; so does
+            a teacher without BatchNorm.
         share: share of the graphs edited in a step, in (0, 1]; at least one is.
         relabel: share of the moves that relabel a node, where features are labels.
         rewire: share of the edge moves that move an edge's end; the others add and delete equally often.
@@ -59,6 +63,7 @@ class RefineSettings:
     connected: bool = False
     max_degree: int | None = None
     proposals: int = 1
+    unlabelled: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "min_steps"):
@@ -74,6 +79,8 @@ class RefineSettings:
             value = getattr(self, name)
             check(is_number(value) and 0.0 <= value <= 1.0, name, "a share in [0, 1]", value)
         check(is_number(self.share) and 0.0 < self.share <= 1.0, "share", "a number in (0, 1]", self.share)
+        first = self.unlabelled
+        check(is_number(first) and 0.0 <= first < 1.0, "unlabelled", "a share in [0, 1)", first)
         stop = self.stop_k
         check(stop is None or (is_number(stop) and stop > 0.0), "stop_k", "None or a number above 0", stop)
         for name in ("keep_degrees", "connected"):
@@ -88,6 +95,10 @@ class RefineSettings:
         """How edits of graphs with so many node labels are drawn."""
         return MoveMix(self.relabel if num_labels > 1 else 0.0, self.rewire, self.two_hop, self.keep_degrees)
 
+    @property
+    def unlabelled_steps(self) -> int:
+        return int(self.unlabelled * self.steps)
+
     def limits(self) -> Limits:
         return Limits(self.connected, self.max_degree or 0)
 
@@ -97,7 +108,7 @@ class RefineResult:
     """Refined graphs, and how convincing the teacher finds them (measured on them, from scratch).
 
     Attributes:
-        graphs: the graphs of lowest energy seen, labels as given.
+        graphs: the graphs of lowest energy seen, with the labels that they ended with.
         energy: float64 [steps + 1], energy of the pool before the first and after every step.
         k: divergence K of the pool, None where the teacher has no BatchNorm.
         cross_entropy: mean over the graphs.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ..pseudo_graphs import FEATURE_KINDS
 from ..teachers import Teacher, as_teacher
 from .edge_lists import EdgeLists
 from .energy import Energy, GraphScores
+from .labels import deal_labels
 from .moves import LANES, Edits, Lane, best_candidates, log_proposal_ratio, proposal_uniforms, propose
 from .native_refiner import advance_native, choose_native
 from .proposal_weights import EdgeProposals
@@ -112,8 +113,9 @@ class Refiner:
         self._weights = drawn if drawn is not None and drawn.weight.numel() else None
         self._edited = max(1, round(settings.share * graphs.num_graphs))
         self._draws, self._first_draw = torch.empty(0), 0
-        weights = settings.lam_k, settings.w_ce, settings.cap
-        self._energy, self._scores = Energy.start(*weights, self.teacher, self.graphs())
+        self._energy, self._scores = self._measure()
+        self._unlabelled = settings.unlabelled_steps > 0 and self._energy.running is not None
+        self._weigh()
         if self._energy.running is None:
             warnings.warn(
                 "teacher: no BatchNorm layer with running statistics, so K is undefined and the search follows the "
@@ -121,11 +123,32 @@ class Refiner:
                 RuntimeWarning,
                 stacklevel=3,
             )
+        self._trace: list[torch.Tensor] = []
+        self._set_out()
+        self._native = choose_native(self)
+
+    def _measure(self) -> tuple[Energy, GraphScores]:
+        """Energy and scores of the graphs as they stand, from scratch."""
+        settings = self.settings
+        return Energy.start(settings.lam_k, settings.w_ce, settings.cap, self.teacher, self.graphs())
+
+    def _weigh(self) -> None:
+        """Without labels the cross-entropy counts nothing."""
+        self._energy = replace(self._energy, w_ce=0.0 if self._unlabelled else self.settings.w_ce)
+
+    def _set_out(self) -> None:
+        """Begin to search from the graphs as they stand, whose energy takes the place of the last one."""
         self._total = self._scores.sums.sum(0)
         self._excess = self._energy.excess(self._scores.loss).sum()
-        self._trace = [self._energy.value(self._total, self._excess)]
-        self._best = self._trace[0], self._lists.clone(), self._x.clone()
-        self._native = choose_native(self)
+        self._trace[-1:] = [self._energy.value(self._total, self._excess)]
+        self._best = self._trace[-1], self._lists.clone(), self._x.clone()
+
+    def _deal_labels(self) -> None:
+        counts = self._y.bincount(minlength=self.teacher.num_classes)
+        self._y = deal_labels(self.teacher(self.graphs()), counts)
+        self._unlabelled = False
+        self._energy, self._scores = self._measure()
+        self._set_out()
 
     @property
     def engine(self) -> str:
@@ -142,13 +165,26 @@ class Refiner:
         settings = self.settings
         if self.step >= settings.steps:
             return True
-        if settings.stop_k is None or self.step < settings.min_steps or self.step % self.CHECK_EVERY:
+        if (
+            self._unlabelled
+            or settings.stop_k is None
+            or self.step < settings.min_steps
+            or self.step % self.CHECK_EVERY
+        ):
             return False
         return bool(self._energy.k(self._total) < settings.stop_k)
 
     @torch.no_grad()
     def advance(self, steps: int = 1) -> None:
         """Take some steps, rounded up to whole intervals; fewer where the search ends before."""
+        target = self.step + steps
+        while self._unlabelled and self.step < target and not self.finished:
+            self._take(min(target, self.settings.unlabelled_steps) - self.step)
+            if self.step >= self.settings.unlabelled_steps:
+                self._deal_labels()
+        self._take(target - self.step)
+
+    def _take(self, steps: int) -> None:
         target = self.step + steps
         while self._native is not None and self.step < target and not self.finished:
             before = self.step
@@ -300,6 +336,8 @@ class Refiner:
             "accepted": self.accepted,
             "lists": asdict(self._lists),
             "x": self._x.clone(),
+            "y": self._y,
+            "unlabelled": self._unlabelled,
             "scores": asdict(self._scores),
             "total": self._total,
             "excess": self._excess,
@@ -318,6 +356,8 @@ class Refiner:
         state = _on(self._x.device, state)
         self.step, self.accepted = state["step"], state["accepted"]
         self._lists, self._x = EdgeLists(**state["lists"]), state["x"]
+        self._y, self._unlabelled = state["y"], state["unlabelled"]
+        self._weigh()
         self._scores = GraphScores(**state["scores"])
         self._total, self._excess = state["total"], state["excess"]
         self._trace = list(state["trace"].unbind())
