@@ -12,6 +12,7 @@ from .errors import InputError, check, check_choice, check_tensor
 from .graphs import EdgeSample, GraphBatch
 from .layout import PairLayout
 from .normalize import softmax_rows
+from .propagate import readout
 
 FEATURE_KINDS = ("one-hot", "continuous", "degree", "constant")
 # Start of a learnable edge: present in nine draws of ten.
@@ -154,8 +155,12 @@ class PseudoGraphs(nn.Module):
 
     def expected_degree(self) -> torch.Tensor:
         """Expected partners per node of each graph, [B]; differentiable."""
-        ptr = self.layout.pair_ptr
-        per_graph = torch.segment_reduce(self.edge_probability(), "sum", offsets=ptr, unsafe=True)
+        probability, ptr = self.edge_probability(), self.layout.pair_ptr
+        if probability.is_cuda and self.layout.num_pairs < 2**31:
+            # On CUDA segment_reduce goes backward with one thread per graph.
+            per_graph = readout(probability[:, None], ptr).squeeze(1)
+        else:
+            per_graph = torch.segment_reduce(probability, "sum", offsets=ptr, unsafe=True)
         sizes = self.layout.node_ptr[1:] - self.layout.node_ptr[:-1]
         return per_graph * (1.0 if self.layout.directed else 2.0) / sizes
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+import acgkd_fast as af
 from acgkd_fast.distill.inversion import Learner, LearnSettings, learn
 from acgkd_fast.distill.objectives import degree_term, distillation_loss, one_hot_entropy
 from acgkd_fast.errors import InputError
@@ -167,3 +168,23 @@ def test_objectives_against_their_formulas():
     student, target = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.5, 2.0]])
     p, q = (target / 3).softmax(-1), (student / 3).softmax(-1)
     torch.testing.assert_close(distillation_loss(student, target, 3.0), 9 * (p * (p / q).log()).sum())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_expected_degree_against_its_formula(device):
+    sizes = (6, 1, 30, 2)
+    pseudo = make_pseudo_graphs(sizes=sizes).to(device)
+    pseudo.layout = pseudo.layout.to(device)
+    probability = torch.sigmoid(pseudo.logits.detach().cpu().double())
+    degree = torch.stack(
+        [2 * part.sum() / n for part, n in zip(probability.split(pseudo.layout.pairs_per_graph), sizes, strict=True)]
+    )
+    torch.testing.assert_close(pseudo.expected_degree().detach().cpu().double(), degree, rtol=1e-5, atol=1e-6)
+    weight = torch.tensor([1.0, 2.0, -1.0, 3.0])
+    (grad,) = torch.autograd.grad((pseudo.expected_degree() * weight.to(device)).sum(), pseudo.logits)
+    share = (2 * weight.double() / torch.tensor(sizes)).repeat_interleave(torch.tensor(pseudo.layout.pairs_per_graph))
+    torch.testing.assert_close(grad.cpu().double(), share * probability * (1 - probability), rtol=1e-5, atol=1e-6)
+    # What CUDA takes in place of segment_reduce.
+    sums = af.readout(pseudo.edge_probability()[:, None], pseudo.layout.pair_ptr).squeeze(1)
+    expected = degree * torch.tensor(sizes) / 2
+    torch.testing.assert_close(sums.detach().cpu().double(), expected, rtol=1e-5, atol=1e-6)
