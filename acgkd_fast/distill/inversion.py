@@ -182,7 +182,8 @@ class Learner:
             temperature=temperature,
             estimator=self.settings.estimator,
             capacity=capacity,
-            sparse_grad=self._sparse_grad(),
+            # How many places a sparse gradient has is not known without a look at the device.
+            sparse_grad=capacity is None and self._sparse_grad(),
         )
         per_graph, bn = self._teacher_losses(graphs)
         terms = {"cross_entropy": per_graph.mean(), "batch_norm": bn, **self._regularisers(graphs.x)}
