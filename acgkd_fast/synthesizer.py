@@ -31,7 +31,7 @@ from .pseudo_graphs import GraphPrior, PseudoGraphs
 from .teachers import Teacher, as_teacher
 
 ENGINES = ("learn", "refine", "both", "generator")
-RETURNS = ("dict", "timed", "nayer")
+RETURNS = ("dict", "timed", "kamal", "nayer")
 
 Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Progress = Callable[[int, dict[str, float]], None]
@@ -79,7 +79,8 @@ class GraphSynthesizer:
         mmt_rate: momentum of the BatchNorm statistics (Fast-Datafree), for a generator.
         nz: width of z of a generator of another class.
         capacity: graphs kept in `data_pool`; default all.
-        returns: what :meth:`synthesize` gives: "dict" (CMI, KamalEngine), "timed" (Fast-Datafree) or "nayer".
+        returns: what :meth:`synthesize` gives: "dict" (CMI), "timed" (Fast-Datafree), "kamal" (KamalEngine, which times
+            :meth:`sample` too) or "nayer".
         convert: what to make of batches for the loop, such as ``GraphBatch.to_pyg``; default nothing.
         seed: of everything drawn; call t of :meth:`synthesize` is a search of its own.
         progress: called with (step, values) every 50 steps and after the last.
@@ -191,10 +192,10 @@ class GraphSynthesizer:
         seconds = time.perf_counter() - started
         if self.returns == "dict":
             return result
-        return (result, seconds) if self.returns == "timed" else (result, seconds, cost, cross_entropy)
+        return (result, seconds, cost, cross_entropy) if self.returns == "nayer" else (result, seconds)
 
     def sample(self, n: int | None = None) -> Any:
-        """A batch without gradients: from `data_pool`, or new from the generator.
+        """A batch without gradients: from `data_pool`, or new from the generator. With "kamal", it and the seconds.
 
         Args:
             n: graphs; default `sample_batch_size`.
@@ -202,11 +203,15 @@ class GraphSynthesizer:
         Raises:
             InputError: nothing has been synthesized yet.
         """
+        started = time.perf_counter()
         n = self.sample_batch_size if n is None else n
         if self.generator is None:
-            return self._converted(self.data_pool.sample(n))
-        with torch.no_grad():
-            return self._converted(self._generate(n, None).detach())
+            graphs = self.data_pool.sample(n)
+        else:
+            with torch.no_grad():
+                graphs = self._generate(n, None).detach()
+        batch = self._converted(graphs)
+        return (batch, time.perf_counter() - started) if self.returns == "kamal" else batch
 
     def _converted(self, graphs: GraphBatch) -> Any:
         return graphs if self.convert is None else self.convert(graphs)

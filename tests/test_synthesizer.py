@@ -133,6 +133,11 @@ def test_return_styles_of_the_hosts():
     wanted = torch.nn.functional.cross_entropy(make_teacher()(graphs.x, graphs.edges), graphs.y)
     assert one_hot == pytest.approx(wanted.item(), rel=1e-4) and cost > 0 and seconds > 0
     same(timed[0]["synthetic"], graphs)
+    kamal = make_synthesizer("refine", returns="kamal")
+    result, seconds = kamal.synthesize()
+    same(result["synthetic"], graphs)
+    batch, sampled = kamal.sample(3)
+    assert batch.num_graphs == 3 and 0 < sampled < 60 and seconds > 0
 
 
 def test_batches_are_converted_for_the_host():
