@@ -133,6 +133,7 @@ def test_kidd_formula(epoch):
     for _ in range(2):
         torch.testing.assert_close(ours(logits, True, epoch), host(logits, True, epoch), rtol=1e-5, atol=1e-6)
     assert ours.calls == 2
+    torch.testing.assert_close(ours(logits), host(logits), rtol=1e-5, atol=1e-6)
     assert torch.equal(ours(logits, train=False), host(logits, train=False).double())
     assert ours(logits, True, 0).diagonal(dim1=1, dim2=2).all()
     assert not kidd.Discretizer(seed=9, self_loops=False)(logits).diagonal(dim1=1, dim2=2).any()
