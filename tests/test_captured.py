@@ -137,18 +137,23 @@ def test_a_saved_state_goes_on_with_the_same_bits_in_either_kind_of_step(device)
     same_bits(list(second.pseudo_graphs.state_dict().values()), list(whole.state_dict().values()))
 
 
-def test_large_problems_whose_plain_step_has_sparse_gradients(monkeypatch):
+@pytest.mark.parametrize(("steps", "tolerance"), [(1, 2e-6), (6, 6e-4)])
+def test_large_problems_whose_plain_step_has_sparse_gradients(steps, tolerance, monkeypatch):
+    """Their Adam is another kernel than the static step's and rounds elsewhere, by an ulp or two in a step.
+
+    Later steps divide a gradient that nearly cancels by its own size; they are held to a thousandth of the way that
+    six steps of 0.1 can go.
+    """
     monkeypatch.setattr(inversion, "_MANY_PAIRS", 1)
     settings = LearnSettings(steps=6, target_degree=None)
     plain = Learner(make_teacher(), make_pseudo_graphs(), settings)
     assert type(plain.optimizer) is not torch.optim.Adam
-    for _ in range(6):
+    for _ in range(steps):
         plain.advance()
     learner = Learner(make_teacher(), make_pseudo_graphs(), settings)
-    StaticStep(learner, capacity=3).advance(6)
-    # Another kernel of Adam than the static step's, which rounds elsewhere.
+    StaticStep(learner, capacity=3).advance(steps)
     for got, want in zip(state_of(learner), state_of(plain), strict=True):
-        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(got, want, rtol=0.0, atol=tolerance)
 
 
 def test_an_overflow_stops_the_run_before_it_changes_anything(monkeypatch):

@@ -40,7 +40,8 @@ class StaticStep:
     Seed, step number, temperature and step sizes are device tensors, edges have a fixed capacity, and nothing is
     read until :meth:`advance` ends. A draw that does not fit stops the run on the device: it and the steps after
     it change nothing, not even the step number, until the host has seen it, made larger buffers and gone on from
-    there. Bits therefore do not depend on the capacity, and are those of ``Learner.advance``.
+    there. Bits therefore do not depend on the capacity. They are those of ``Learner.advance``, except where that keeps
+    sparse gradients (large problems on the CPU), whose Adam rounds elsewhere.
 
     Args:
         learner: what is advanced; between two calls it can be saved, loaded and stepped as ever.

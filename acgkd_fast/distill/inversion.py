@@ -268,7 +268,7 @@ def learn(
         progress: called with (step, loss terms) every `report_every` steps and after the last.
         report_every: how often; every report reads the device.
         capture: run steps that never wait for the host, on CUDA as one graph; default on CUDA, with a notice
-            where the step cannot be captured. The result is the same. See docs/step.md.
+            where the step cannot be captured. The result is the same; see docs/step.md for one exception.
 
     Raises:
         InputError: see :class:`Learner`; or `capture` is True and the step cannot be captured.
