@@ -140,6 +140,11 @@ def train_teacher(
 @click.option("--xi", type=float, help="Spatial complexity parameter of the learning stage, in (0, 1].")
 @click.option("--learn-steps", type=int, help="Steps of the gradient stage; 0 leaves it out.")
 @click.option("--refine-steps", type=int, help="Steps of the search; 0 leaves it out.")
+@click.option("--proposals", type=int, help="Search: candidate edits per graph and step, the best of which is tried.")
+@click.option("--two-hop", type=float, help="Search: chance that a new edge closes a triangle.")
+@click.option("--connected/--any-parts", default=None, help="Search: keep connected graphs connected.")
+@click.option("--max-degree", type=int, help="Search: raise no degree above this.")
+@click.option("--keep-degrees/--any-degrees", default=None, help="Search: swap edges, so that all degrees stay.")
 @click.option("--epochs", type=int, help="Epochs of the student.")
 @click.option("--reuse-classifier/--own-classifier", default=None, help="Let the teacher's frozen classifier answer.")
 @click.option("--projector", help="How a reused classifier is reached: gat, linear or none [default: gat].")
@@ -186,6 +191,9 @@ def distill(
     click.echo(f"student: {out / 'student.safetensors'}, report: {out / 'report.html'}")
 
 
+_SEARCH = ("proposals", "two_hop", "connected", "max_degree", "keep_degrees")
+
+
 def _changes(options: dict[str, Any]) -> dict[str, Any]:
     """Command-line options as dotted settings; None means: not given."""
     low, high = options["nodes"] or (None, None)
@@ -199,6 +207,7 @@ def _changes(options: dict[str, Any]) -> dict[str, Any]:
         "prior.feature_kind": options["feature_kind"],
         "learn.steps": options["learn_steps"],
         "refine.steps": options["refine_steps"],
+        **{f"refine.{name}": options[name] for name in _SEARCH},
         "student.epochs": options["epochs"],
         "student.reuse_classifier": options["reuse_classifier"],
         "student.projector": options["projector"],

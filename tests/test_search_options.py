@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import networkx as nx
 import pytest
 import torch
@@ -23,10 +25,14 @@ from search_helpers import (
 )
 
 from acgkd_fast import GraphBatch, InputError, _library
+from acgkd_fast.checkpoints import save_model
+from acgkd_fast.cli import main
+from acgkd_fast.distill.config import RunConfig
 from acgkd_fast.distill.edge_lists import EdgeLists
 from acgkd_fast.distill.energy import GraphScores
 from acgkd_fast.distill.moves import LANES, Lane, Limits, MoveMix, proposal_uniforms, propose
 from acgkd_fast.distill.refine import Refiner, RefineSettings, refine
+from acgkd_fast.distill.run import Run
 from acgkd_fast.distill.statistics import BatchNormProbe
 
 NATIVE = _library.backend("search_steps", "cpu") == "native"
@@ -268,6 +274,29 @@ def test_a_users_constraint_is_kept(options):
         refiner.advance(10)
         assert valence(refiner.graphs()).all()
     assert refiner.accepted > 50 and (refiner.graphs().x[:, 0] == 1).any()
+
+
+def test_a_run_keeps_to_a_constraint_and_the_commands_options(tmp_path):
+    config = RunConfig(num_graphs=12).with_settings({"refine.steps": 60, "student.epochs": 1, "prior.max_nodes": 12})
+    few = lambda graphs: torch.bincount(graphs.batch(), graphs.x[:, 0], graphs.num_graphs) <= 4  # noqa: E731
+    graphs = Run(tmp_path / "run", make_teacher(), config, constraint=few).make_graphs()
+    plain = Run(tmp_path / "plain", make_teacher(), config).make_graphs()
+    assert few(graphs).sum() > few(plain).sum()
+
+    save_model(tmp_path / "teacher.safetensors", make_teacher().module)
+    search = ["--refine-steps", "20", "--proposals", "2", "--connected", "--max-degree", "3", "--two-hop", "0.25"]
+    options = [*search, "--num-graphs", "8", "--nodes", "5:7", "--epochs", "1", "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="0"):
+        main(["distill", "--teacher", str(tmp_path / "teacher.safetensors"), *options])
+    settings_ = json.loads((tmp_path / "out/config.json").read_text())["settings"]["refine"]
+    assert settings_["proposals"] == 2 and settings_["connected"] and not settings_["keep_degrees"]
+    assert settings_["max_degree"] == 3 and settings_["two_hop"] == 0.25
+
+
+def test_learned_logits_and_swaps_go_together_in_a_run(tmp_path):
+    settings_ = {"learn.steps": 2, "refine.steps": 40, "refine.keep_degrees": True, "prior.max_nodes": 12}
+    config = RunConfig(num_graphs=6).with_settings(settings_)
+    assert Run(tmp_path / "run", make_teacher(), config).make_graphs().num_graphs == 6
 
 
 def test_a_constraint_that_cannot_be_used_is_named():

@@ -37,7 +37,7 @@ from .inversion import Learner
 from .metrics import MetricsLog
 from .pool import random_pool, start_graphs
 from .projector import ForeignHead, equal_size_arch, parameter_counts, teacher_parts
-from .refine import Refiner
+from .refine import Constraint, Refiner
 from .student import Pool, StudentSettings, distill_student, new_student, pool_agreement
 
 _SAVE_SECONDS = 20.0
@@ -76,6 +76,7 @@ class Run:
         teacher_name: what ``config.json`` says about the teacher.
         resume: go on with what an interrupted run left in the folder.
         progress: called with (stage, step, of how many, values).
+        constraint: which graphs the search may make, see :class:`~.refiner.Refiner`. A resumed run needs the same.
 
     Raises:
         InputError: a folder in use, nothing to resume, a folder whose settings differ, or a teacher whose
@@ -95,6 +96,7 @@ class Run:
         teacher_name: str = "",
         resume: bool = False,
         progress: Progress | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         parse_arch(student)
         self.folder = folder
@@ -104,6 +106,7 @@ class Run:
         self._check_reuse()
         self.parameters = parameter_counts(self.teacher, new_student(self.teacher, student, 0, config.student))
         self._progress = progress or (lambda *_: None)
+        self._constraint = constraint
         self.description = {
             "teacher": teacher_name,
             "student": student,
@@ -265,13 +268,18 @@ class Run:
         return pseudo
 
     def _refine(self, start: GraphBatch, learned: PseudoGraphs | None) -> GraphBatch:
+        # A swap draws its edges from the graph alone.
+        weights = (
+            None if self.config.refine.keep_degrees or learned is None else (learned.layout, learned.logits.detach())
+        )
         refiner = Refiner(
             self.teacher,
             start,
             self.config.refine,
             seed=self.config.seed,
             feature_kind=self.config.prior.feature_kind,
-            edge_weights=None if learned is None else (learned.layout, learned.logits.detach()),
+            edge_weights=weights,
+            constraint=self._constraint,
         )
         total = self.config.refine.steps
         saver = _Saver(self._state / "refine.safetensors", refiner.state_dict)
