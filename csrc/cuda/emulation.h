@@ -35,6 +35,9 @@ using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
 constexpr int cudaDevAttrMultiProcessorCount = 0;
+constexpr int cudaDevAttrMaxSharedMemoryPerBlockOptin = 1;
+constexpr int cudaMemcpyHostToDevice = 1;
+constexpr int cudaMemcpyDeviceToHost = 2;
 constexpr int cudaFuncAttributeMaxDynamicSharedMemorySize = 0;
 
 struct dim3 {
@@ -47,6 +50,10 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
@@ -57,6 +64,14 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+// The host compiler is not allowed to fuse what stands here.
+inline double __dmul_rn(double a, double b) { return a * b; }
+template <class V>
+V __ldg(const V* from) {
+  return *from;
+}
 
 namespace acgkd_fast::emulation {
 
@@ -80,7 +95,7 @@ struct Block {
   ucontext_t entry;
   jmp_buf scheduler;
   unsigned running = 0;
-  uint64_t barrier_result = 0;             // bitwise or of what the threads brought
+  uint64_t barrier_result = 0;             // sum of what the threads brought
   std::vector<uint64_t> warp_results;      // what each thread brought to the last operation of its warp
 };
 
@@ -88,6 +103,8 @@ inline Block* block = nullptr;
 // 0 runs fibers and blocks in order, 1 in reverse, anything else in the shuffled order of that seed.
 inline int order_seed = 0;
 inline int multiprocessor_count = 4;
+// Bytes of shared memory that a block may ask for: those of sm_90.
+inline int shared_memory_limit = 227 * 1024;
 // Launches since the last reset, for tests of what a call costs.
 inline int launches = 0;
 
@@ -173,18 +190,18 @@ inline bool complete(int kind, unsigned first, unsigned last) {
       return false;
     }
   }
-  uint64_t any = 0;
+  uint64_t sum = 0;
   for (unsigned i = first; i < last; ++i) {
     STD_TORCH_CHECK(fibers[i].line == fibers[first].line, "emulation: threads meet different operations, lines ",
                     fibers[i].line, " and ", fibers[first].line);
     fibers[i].waits_for = 0;
-    any |= fibers[i].given;
+    sum += fibers[i].given;
     if (kind == kWarpOperation) {
       block->warp_results[i] = fibers[i].given;
     }
   }
   if (kind == kBarrier) {
-    block->barrier_result = any;
+    block->barrier_result = sum;
   }
   return true;
 }
@@ -277,10 +294,35 @@ extern "C" __attribute__((used, visibility("default"))) inline int acgkd_fast_em
   return std::exchange(e::launches, 0);
 }
 
+extern "C" __attribute__((used, visibility("default"))) inline void acgkd_fast_emulate_shared(int bytes) {
+  acgkd_fast::emulation::shared_memory_limit = bytes;
+}
+
 inline void __syncthreads(int line = __builtin_LINE()) { acgkd_fast::emulation::wait_for_block(line, 0); }
 
 inline int __syncthreads_or(int predicate, int line = __builtin_LINE()) {
   return acgkd_fast::emulation::wait_for_block(line, predicate != 0) != 0;
+}
+
+inline int __syncthreads_count(int predicate, int line = __builtin_LINE()) {
+  return static_cast<int>(acgkd_fast::emulation::wait_for_block(line, predicate != 0));
+}
+
+inline void __syncwarp(int line = __builtin_LINE()) { acgkd_fast::emulation::wait_for_warp(line, 0); }
+
+inline unsigned __ballot_sync(unsigned, int predicate, int line = __builtin_LINE()) {
+  const uint64_t* all = acgkd_fast::emulation::wait_for_warp(line, predicate != 0);
+  unsigned set = 0;
+  for (unsigned lane = 0; lane < acgkd_fast::emulation::kWarpSize; ++lane) {
+    set |= static_cast<unsigned>(all[lane]) << lane;
+  }
+  return set;
+}
+
+template <class V>
+V __shfl_sync(unsigned, V value, int lane, int line = __builtin_LINE()) {
+  namespace e = acgkd_fast::emulation;
+  return e::from_bits<V>(e::wait_for_warp(line, e::to_bits(value))[lane]);
 }
 
 // The kernels use the full mask only; a lane that is missing is a fault that run_block reports.
@@ -304,10 +346,16 @@ V __reduce_min_sync(unsigned, V value, int line = __builtin_LINE()) {
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-  *value = acgkd_fast::emulation::multiprocessor_count;
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  namespace e = acgkd_fast::emulation;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? e::multiprocessor_count : e::shared_memory_limit;
   return cudaSuccess;
 }
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
 
 template <class... Params, class... Args>
