@@ -6,26 +6,22 @@ threads run between two barriers, which is how a missing barrier shows without a
 
 from __future__ import annotations
 
-import ctypes
 import shutil
-import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from cuda_cases import LAYERS, READOUT_MODES, TOLERANCE, Case, Inputs, compare, compare_normalize, compare_readout, run
+from emulated_kernels import CUDA_SOURCES, assert_order_does_not_matter, emulated_kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils import cpp_extension
 
 import acgkd_fast.normalize  # noqa: F401  declares operators whose schemas are copied
 from acgkd_fast import _library
 
-CUDA_SOURCES = sorted((Path(__file__).parents[1] / "csrc/cuda").glob("*.cu"))
+# The search has a module of its own.
+SOURCES = [source for source in CUDA_SOURCES if not source.stem.startswith("search")]
 DTYPES = tuple(TOLERANCE)
 OPERATORS = [
     name
@@ -34,64 +30,15 @@ OPERATORS = [
 ]
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
-    pytest.mark.skipif(not CUDA_SOURCES, reason="needs the sources in csrc/cuda"),
+    pytest.mark.skipif(not SOURCES, reason="needs the sources in csrc/cuda"),
     pytest.mark.usefixtures("poison"),
 ]
 
 
-def compile_for_host(source: Path, folder: Path) -> Path:
-    target = folder / f"{source.stem}.o"
-    options = [
-        "-std=c++17",
-        "-O1",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-Wno-unknown-pragmas",
-    ]
-    defines = ["-DACGKD_FAST_EMULATION", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    command = ["g++", *options, *defines, *includes, "-x", "c++", "-c", str(source), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return target
-
-
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """`ops` with the emulated operators, and `configure(order, processors)`, which returns the launches since."""
-    folder = tmp_path_factory.mktemp("emulation")
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda source: compile_for_host(source, folder), CUDA_SOURCES))
-    library = folder / "libacgkd_fast_emulation.so"
-    paths = [option for path in cpp_extension.library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    link = ["g++", "-shared", "-o", str(library), *map(str, objects), *paths, "-ltorch", "-ltorch_cpu", "-lc10"]
-    subprocess.run(link, check=True)
-    schemas = torch.library.Library("acgkd_fast_emulation", "DEF")
-    for name in OPERATORS:
-        schemas.define(str(getattr(torch.ops.acgkd_fast, name).default._schema).split("::", 1)[1])
-    torch.ops.load_library(str(library))
-    configure = ctypes.CDLL(str(library)).acgkd_fast_emulate
-    configure(0, 4)
-    yield SimpleNamespace(ops=torch.ops.acgkd_fast_emulation, configure=configure)
-    schemas._destroy()
-
-
-def bits(outputs: dict[str, torch.Tensor] | list[torch.Tensor]) -> list[bytes]:
-    tensors = outputs.values() if isinstance(outputs, dict) else outputs
-    return [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
-
-
-def assert_order_does_not_matter(emulated: SimpleNamespace, compute: Any, processors: int = 4) -> None:
-    """The same bits whichever thread and block goes first."""
-    emulated.configure(0, processors)
-    first = bits(compute())
-    for order in (1, 7):
-        emulated.configure(order, processors)
-        assert bits(compute()) == first, order
-    emulated.configure(0, 4)
+    with emulated_kernels(SOURCES, OPERATORS, tmp_path_factory.mktemp("emulation")) as kernels:
+        yield kernels
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])

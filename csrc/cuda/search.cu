@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "../layout.h"
 #include "search.h"
 
 namespace acgkd_fast::cuda::search {
@@ -34,12 +35,12 @@ constexpr int64_t kSeed = 0, kFirstStep = 1, kFirstOffset = 2;
 
 // A block per graph: copies what the host wants to know of it and says whether it is sound.
 struct Facts {
-  const int64_t *rng, *ptr, *y, *label, *pairs, *counts;
-  int64_t graphs, nodes, classes, capacity, steps, num_labels;
+  const int64_t *rng, *ptr, *y, *label, *pairs, *counts, *table;  // table: null without weights
+  int64_t graphs, nodes, classes, capacity, steps, num_labels, kind, num_pairs;
   int64_t* out;  // seed, first step, [graphs + 1] node offsets, [graphs] faults
 };
 
-constexpr int64_t kBadTarget = 1, kBadLabel = 2, kBadGraph = 4;
+constexpr int64_t kBadTarget = 1, kBadLabel = 2, kBadGraph = 4, kBadTable = 8;
 
 __global__ void __launch_bounds__(kThreads) facts_kernel(Facts a) {
   const int64_t graph = blockIdx.x, begin = a.ptr[graph], end = a.ptr[graph + 1], count = a.counts[graph];
@@ -58,8 +59,16 @@ __global__ void __launch_bounds__(kThreads) facts_kernel(Facts a) {
     return;
   }
   const bool bad_target = a.y[graph] < 0 || a.y[graph] >= a.classes;
-  a.out[kFirstOffset + a.graphs + 1 + graph] =
-      (bad_target ? kBadTarget : 0) | (bad_label ? kBadLabel : 0) | (bad_list ? kBadGraph : 0);
+  bool bad_table = false;
+  if (a.table != nullptr) {
+    const acgkd::GraphLayout layout = acgkd::graph_layout(a.table, a.graphs, graph);
+    bad_table = layout.first_node != begin || layout.num_nodes != end - begin || layout.band < 0 ||
+                (graph == 0 && layout.first_pair != 0) || layout.first_pair < 0 ||
+                layout.num_pairs != acgkd::count_pairs(layout.num_nodes, layout.band, a.kind) ||
+                (graph + 1 == a.graphs && layout.first_pair + layout.num_pairs != a.num_pairs);
+  }
+  a.out[kFirstOffset + a.graphs + 1 + graph] = (bad_target ? kBadTarget : 0) | (bad_label ? kBadLabel : 0) |
+                                               (bad_list ? kBadGraph : 0) | (bad_table ? kBadTable : 0);
   a.out[kFirstOffset + graph] = begin;
   if (graph == 0) {
     a.out[kSeed] = a.rng[0];
@@ -83,6 +92,7 @@ std::vector<int64_t> read_facts(cudaStream_t stream, const Facts& facts, const T
   STD_TORCH_CHECK(!(faults & kBadGraph),
                   "search_steps: ptr, pairs, counts: expected graphs of 1 node or more, edges low < high inside them, "
                   "and room for one more edge per step, got others");
+  STD_TORCH_CHECK(!(faults & kBadTable), "search_steps: table: expected a layout of the graphs of ptr, got another");
   STD_TORCH_CHECK(!(faults & kBadLabel), "search_steps: label: expected values in 0..", facts.num_labels - 1);
   return found;
 }
@@ -146,7 +156,9 @@ Result search_steps(Tensor pairs, Tensor counts, Tensor label, Tensor sums, Tens
                     Tensor rng, bool gin, int64_t depth, int64_t width, int64_t classes, int64_t readout,
                     int64_t steps, int64_t interval, int64_t edited, int64_t num_labels, double below_relabel,
                     double below_rewire, double below_add, double lam_k, double w_ce, double cap, double temperature,
-                    double stop_k, int64_t min_steps) {
+                    double stop_k, int64_t min_steps, int64_t proposals, double two_hop, bool keep_degrees,
+                    bool connected, int64_t max_degree, OptionalTensor weight, OptionalTensor cumulative,
+                    OptionalTensor table, int64_t kind) {
   check_operand("x", x, ScalarType::Float, {kAny, kAny}, x);
   const int64_t nodes = x.size(0), features = x.size(1);
   Network net = make_network(parameters, gin, depth, features, width, classes, readout);
@@ -170,6 +182,15 @@ Result search_steps(Tensor pairs, Tensor counts, Tensor label, Tensor sums, Tens
                   " graphs edited at a time, got ", steps, ", ", interval, " and ", edited);
   STD_TORCH_CHECK(num_labels <= 1 || num_labels == features, "search_steps: num_labels: expected 0, 1 or ", features,
                   ", got ", num_labels);
+  STD_TORCH_CHECK(proposals >= 1 && proposals < INT32_MAX && (proposals == 1 || temperature == 0.0),
+                  "search_steps: proposals: expected 1 or more, and 1 with a temperature, got ", proposals);
+  if (weight) {
+    STD_TORCH_CHECK(cumulative && table && !(kind & acgkd::kDirected),
+                    "search_steps: weight: expected cumulative sums and an undirected layout with it, got others");
+    check_operand("weight", *weight, ScalarType::Double, {kAny}, x);
+    check_operand("cumulative", *cumulative, ScalarType::Double, {weight->numel() + 1}, x);
+    check_operand("table", *table, ScalarType::Long, {4, graphs + 1}, x);
+  }
   const DeviceScope device(x);
   const cudaStream_t stream = device.stream;
 
@@ -177,7 +198,8 @@ Result search_steps(Tensor pairs, Tensor counts, Tensor label, Tensor sums, Tens
   const std::vector<int64_t> facts = read_facts(
       stream,
       {read<int64_t>(rng), read<int64_t>(ptr), read<int64_t>(y), read<int64_t>(label), read<int64_t>(pairs),
-       read<int64_t>(counts), graphs, nodes, classes, pairs.size(1), steps, num_labels, write<int64_t>(facts_out)},
+       read<int64_t>(counts), weight ? read<int64_t>(*table) : nullptr, graphs, nodes, classes, pairs.size(1), steps,
+       num_labels, kind, weight ? weight->numel() : 0, write<int64_t>(facts_out)},
       facts_out);
 
   Job job{};
@@ -196,8 +218,10 @@ Result search_steps(Tensor pairs, Tensor counts, Tensor label, Tensor sums, Tens
     const int64_t bytes = shared_bytes(net, n);
     if (bytes <= limit) {
       shared = std::max(shared, bytes);
+      job.some_fit = true;
     } else {
       scratch_size += scratch_words(net, n);
+      job.some_do_not = true;
     }
   }
   job.shared_limit = static_cast<int>(shared);
@@ -232,7 +256,19 @@ Result search_steps(Tensor pairs, Tensor counts, Tensor label, Tensor sums, Tens
   net.self_weight = write<float>(self_weight);
   job.net = net;
   job.energy = {read<double>(running), static_cast<double>(nodes), lam_k, w_ce / static_cast<double>(graphs), cap};
-  job.mix = {below_relabel, below_rewire, below_add, static_cast<int>(num_labels)};
+  job.rules = {below_relabel,
+               below_rewire,
+               below_add,
+               two_hop,
+               static_cast<int>(num_labels),
+               static_cast<int>(std::min<int64_t>(max_degree, INT32_MAX)),
+               static_cast<int>(proposals),
+               keep_degrees,
+               connected,
+               weight ? read<double>(*weight) : nullptr,
+               weight ? read<double>(*cumulative) : nullptr,
+               weight ? read<int64_t>(*table) : nullptr,
+               kind};
   job.pool = {static_cast<int>(graphs),
               pairs.size(1),
               state_size,

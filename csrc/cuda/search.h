@@ -12,7 +12,7 @@ constexpr uint32_t kProposalStream = 3;
 constexpr int kCheckEvery = 10;
 constexpr int kClean = INT32_MAX;
 constexpr int kDotParts = 8;
-enum Move : int { kRelabel = 0, kRewire = 1, kAdd = 2, kDelete = 3 };
+enum Move : int { kRelabel = 0, kRewire = 1, kAdd = 2, kDelete = 3, kSwap = 4 };
 enum Pooling : int { kSum = 0, kMean = 1, kMax = 2 };
 
 __host__ __device__ inline int64_t rounded_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
@@ -76,18 +76,27 @@ __host__ __device__ inline int64_t scratch_words(const Network& net, int64_t nod
   return rounded_up(nodes * (int64_t{net.buffers()} * net.stride + 4), 4);
 }
 
+// An undirected edge, low < high.
+struct Edge {
+  int low, high;
+
+  __device__ __forceinline__ bool ends_in(int node) const { return node == low || node == high; }
+};
+
+// As in csrc/cpu/search_proposal.h.
 struct Edit {
   int move, valid;
-  int slot;  // position in the edge list
-  int old_low, old_high, new_low, new_high;
+  int slot[2];  // positions in the edge list
+  Edge old[2], fresh[2];
+  int num_old, num_fresh;
   int node, label_before, label_after;
 };
 
-// What a graph did in a round so far. Thread 0 writes.
+// What a graph did in a round so far. Only warp 0 writes.
 struct Trial {
-  Edit edit;
-  int step, count, accepted, hit, passes;
-  double loss, delta, excess_change, accept_uniform, slope_product;
+  Edit edit, best;  // under way, and the best of the candidates so far
+  int step, candidate, retried, count, accepted, hit, passes;
+  double loss, delta, excess_change, best_delta, accept_uniform, log_ratio, slope_product;
 };
 
 // Parts of shared memory that every graph has, in bytes: change of the sums, logits, trial, pooled row, rows per level.
@@ -113,9 +122,14 @@ struct Energy {
   __device__ __forceinline__ double value(double k, double excess) const { return __dmul_rn(lam_k, k) + excess; }
 };
 
-struct MoveMix {
-  double below_relabel, below_rewire, below_add;
-  int num_labels;
+// ProposalRules of csrc/cpu/search_proposal.h, and the weights of the candidate pairs where new edges are not uniform.
+struct Rules {
+  double below_relabel, below_rewire, below_add, two_hop;
+  int num_labels, max_degree, proposals;
+  bool keep_degrees, connected;
+  const double *weight, *cumulative;
+  const int64_t* table;  // of the layout, [4, graphs + 1]
+  int64_t kind;
 };
 
 // A graph has two copies of everything that an edit changes. A round reads the one of `side` and writes the other; if
@@ -152,7 +166,7 @@ struct Rounds {
 struct Job {
   Network net;
   Energy energy;
-  MoveMix mix;
+  Rules rules;
   Pool pool;
   Rounds rounds;
   acgkd::Key key;
@@ -160,6 +174,7 @@ struct Job {
   int steps, edited;
   double temperature, stop_k;
   int shared_limit;  // bytes of shared memory that a block of the edit kernel has
+  bool some_fit, some_do_not;
   double* slope;     // [sums()]
   double* total;     // [2, channels]
   double* level;     // excess, energy
@@ -170,6 +185,9 @@ struct Job {
   double* candidate;  // [levels, 2 channels + 1]: totals and excess of the pool after as many halvings
 };
 
+// A row of 64 channels takes 16 threads, so 12 rows at once; a processor then holds three blocks with 112 registers per
+// thread, as many as fit its memory with graphs of 20 nodes and four blocks of 64 channels.
+constexpr int kEditThreads = 192;
 constexpr int kSettleThreads = 512;
 // Up to so many graphs one block settles a round; beyond, the totals take a launch of their own.
 constexpr int kSettledByOneBlock = 128;

@@ -6,9 +6,6 @@
 namespace acgkd_fast::cuda::search {
 namespace {
 
-// Three blocks of graphs of 20 nodes and 64 channels share a processor's memory; this leaves them its registers.
-constexpr int kBlocksPerProcessor = 3;
-
 __device__ __forceinline__ float* state_of(const Pool& pool, int graph, int side) {
   return pool.state + side * pool.side_words + pool.state_start[graph];
 }
@@ -20,26 +17,55 @@ __device__ __forceinline__ int64_t* pairs_of(const Pool& pool, int graph, int si
 __device__ __forceinline__ void copy_state(const Network& net, int nodes, const float* from, float* to) {
   const int64_t quads = state_words(net, nodes) / 4;
 #pragma unroll 4
-  for (int64_t i = threadIdx.x; i < quads; i += kThreads) {
+  for (int64_t i = threadIdx.x; i < quads; i += kEditThreads) {
     reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
   }
 }
 
 template <class V>
 __device__ __forceinline__ void copy(int64_t count, const V* from, V* to) {
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+  for (int64_t i = threadIdx.x; i < count; i += kEditThreads) {
     to[i] = from[i];
   }
 }
 
+// Graphs that fit shared memory and those that do not are served by kernels of their own, as the latter need more
+// registers.
 template <bool kShared>
-__device__ __forceinline__ void build_graph(const Job& a, int graph, unsigned char* shared) {
+__device__ __forceinline__ bool serves(const Job& a, int graph) {
+  const int64_t nodes = a.pool.ptr[graph + 1] - a.pool.ptr[graph];
+  return (shared_bytes(a.net, nodes) <= a.shared_limit) == kShared;
+}
+
+struct Start {
+  const int64_t *counts, *label, *pairs;
+  const double *loss, *sums;
+  const bool* hit;
+};
+
+template <bool kShared>
+__global__ void __launch_bounds__(kEditThreads) build_kernel(Job a, Start from) {
+  ACGKD_FAST_DYNAMIC_SHARED(shared);
+  const int graph = static_cast<int>(blockIdx.x);
+  if (!serves<kShared>(a, graph)) {
+    return;
+  }
   Graph<kShared> g(a, graph, shared, state_of(a.pool, graph, 0));
-  Record& record = a.pool.records[graph];
-  const int64_t* pairs = pairs_of(a.pool, graph, 0);
-  const int edges = record.count[0];
+  const int64_t sums = 2 * int64_t{a.net.channels()};
+  const int64_t* pairs = from.pairs + graph * a.pool.capacity;
+  const int edges = static_cast<int>(from.counts[graph]);
+  copy(a.pool.capacity, pairs, pairs_of(a.pool, graph, 0));
+  copy(sums, from.sums + graph * sums, a.pool.sums[0] + graph * sums);
+  if (threadIdx.x == 0) {
+    Record record{};
+    record.count[0] = edges;
+    record.loss[0] = from.loss[graph];
+    record.hit[0] = from.hit[graph];
+    a.pool.records[graph] = record;
+  }
   // A thread per row: adding edges from both ends at once would need atomics.
-  for (int node = static_cast<int>(threadIdx.x); node < g.nodes; node += kThreads) {
+  for (int node = static_cast<int>(threadIdx.x); node < g.nodes; node += kEditThreads) {
+    g.label[node] = static_cast<int>(from.label[a.pool.ptr[graph] + node]);
     unsigned* row = g.adjacency + node * g.words;
     for (int w = 0; w < g.words; ++w) {
       row[w] = 0u;
@@ -55,10 +81,10 @@ __device__ __forceinline__ void build_graph(const Job& a, int graph, unsigned ch
   __syncthreads();
   g.prepare();
   __syncthreads();
-  for (int node = static_cast<int>(threadIdx.x); node < g.nodes; node += kThreads) {
+  for (int node = static_cast<int>(threadIdx.x); node < g.nodes; node += kEditThreads) {
     g.dirty[node] = node;
   }
-  for (int l = static_cast<int>(threadIdx.x); l <= g.net.depth; l += kThreads) {
+  for (int l = static_cast<int>(threadIdx.x); l <= g.net.depth; l += kEditThreads) {
     g.count[l] = g.nodes;
   }
   __syncthreads();
@@ -69,88 +95,62 @@ __device__ __forceinline__ void build_graph(const Job& a, int graph, unsigned ch
   }
 }
 
-__global__ void __launch_bounds__(kThreads) build_kernel(Job a, const int64_t* counts, const int64_t* label,
-                                                         const double* loss, const bool* hit, const double* sums,
-                                                         const int64_t* pairs) {
-  ACGKD_FAST_DYNAMIC_SHARED(shared);
-  const int graph = static_cast<int>(blockIdx.x);
-  const int nodes = static_cast<int>(a.pool.ptr[graph + 1] - a.pool.ptr[graph]);
-  const bool fits = shared_bytes(a.net, nodes) <= a.shared_limit;
-  copy(a.pool.capacity, pairs + graph * a.pool.capacity, pairs_of(a.pool, graph, 0));
-  const int64_t sum_count = 2 * int64_t{a.net.channels()};
-  copy(sum_count, sums + graph * sum_count, a.pool.sums[0] + graph * sum_count);
-  float* state = fits ? reinterpret_cast<float*>(shared + fixed_bytes(a.net)) : state_of(a.pool, graph, 0);
-  int* labels = reinterpret_cast<int*>(state) + label_start(a.net, nodes);
-  for (int node = static_cast<int>(threadIdx.x); node < nodes; node += kThreads) {
-    labels[node] = static_cast<int>(label[a.pool.ptr[graph] + node]);
-  }
-  if (threadIdx.x == 0) {
-    Record record{};
-    record.count[0] = static_cast<int>(counts[graph]);
-    record.loss[0] = loss[graph];
-    record.hit[0] = hit[graph];
-    a.pool.records[graph] = record;
-  }
-  __syncthreads();
-  if (fits) {
-    build_graph<true>(a, graph, shared);
-  } else {
-    build_graph<false>(a, graph, shared);
-  }
-}
-
-// The change of the energy below which an edit, already carried out, passes.
-__device__ __forceinline__ double allowed(const Job& a, int nodes, int edges, const Trial& trial) {
-  if (a.temperature == 0.0) {
-    return 0.0;
-  }
-  const double n = nodes, count = edges, pairs = n * (n - 1.0);
-  const double chance = 2.0 / (pairs < 1.0 ? 1.0 : pairs);
-  double ratio = 0.0;
-  if (trial.edit.move == kAdd) {
-    ratio = -log(count * chance);
-  } else if (trial.edit.move == kDelete) {
-    ratio = log((count + 1.0) * chance);
-  }
-  return (ratio - log(trial.accept_uniform)) * (a.temperature / static_cast<double>(a.pool.graphs));
-}
-
 // By thread 0, once sums and logits of the edit are known.
 template <bool kShared>
 __device__ __forceinline__ void decide(const Graph<kShared>& g, const Pass<kShared, false>& pass) {
   Trial& trial = *g.trial;
+  const Job& a = g.job;
   int hit;
   const double loss = pass.loss(hit);
-  const double excess_change = g.job.energy.excess(loss) - g.job.energy.excess(trial.loss);
+  const double excess_change = a.energy.excess(loss) - a.energy.excess(trial.loss);
   const double delta = trial.slope_product + excess_change;
-  const int edges = trial.count + (trial.edit.move == kAdd) - (trial.edit.move == kDelete);
-  // A graph on which the teacher answers NaN compares as not lower.
-  trial.passes = delta < allowed(g.job, g.nodes, edges, trial);
-  if (trial.passes) {
-    ++trial.accepted;
-    trial.delta += delta;
-    trial.excess_change += excess_change;
-    trial.loss = loss;
-    trial.hit = hit;
-  } else {
-    g.carry_out(trial.edit, false);
+  double allowed = 0.0;
+  if (a.temperature > 0.0) {
+    allowed = (trial.log_ratio - log(trial.accept_uniform)) * (a.temperature / static_cast<double>(a.pool.graphs));
   }
+  // A graph on which the teacher answers NaN compares as not lower.
+  const bool best = delta < trial.best_delta, last = trial.candidate == a.rules.proposals;
+  const bool settled = trial.retried || (last && best);
+  trial.passes = settled && delta < allowed;
+  if (settled) {
+    trial.best_delta = HUGE_VAL;
+  } else if (best) {
+    trial.best_delta = delta;
+    trial.best = trial.edit;
+  }
+  if (!trial.passes) {
+    g.carry_out(trial.edit, false);
+    return;
+  }
+  ++trial.accepted;
+  trial.delta += delta;
+  trial.excess_change += excess_change;
+  trial.loss = loss;
+  trial.hit = hit;
 }
 
 __device__ __forceinline__ void edit_list(const Edit& edit, int64_t* pairs, int& count) {
-  const int64_t fresh = static_cast<int64_t>(edit.new_low) << 32 | edit.new_high;
-  if (edit.move == kRewire) {
-    pairs[edit.slot] = fresh;
-  } else if (edit.move == kAdd) {
-    pairs[count++] = fresh;
-  } else if (edit.move == kDelete) {
-    pairs[edit.slot] = pairs[--count];
+  if (edit.move == kDelete) {
+    pairs[edit.slot[0]] = pairs[--count];
+    return;
   }
+  for (int k = 0; k < edit.num_fresh; ++k) {
+    pairs[edit.slot[k]] = static_cast<int64_t>(edit.fresh[k].low) << 32 | edit.fresh[k].high;
+  }
+  count += edit.move == kAdd;
 }
 
-template <bool kShared>
-__device__ __forceinline__ void edit_graph(const Job& a, int round, int graph, unsigned char* shared) {
-  const Record record = a.pool.records[graph];
+template <bool kShared, bool kPlain>
+__global__ void __launch_bounds__(kEditThreads, kShared && kPlain ? 3 : 2) edit_kernel(Job a, int round) {
+  ACGKD_FAST_DYNAMIC_SHARED(shared);
+  if (*a.stopped || static_cast<int>(blockIdx.x) >= a.rounds.count[round]) {
+    return;
+  }
+  const int graph = a.rounds.list[static_cast<int64_t>(round) * a.pool.graphs + blockIdx.x];
+  if (!serves<kShared>(a, graph)) {
+    return;
+  }
+  const Record& record = a.pool.records[graph];
   const int before = record.side, after = 1 - before, end = a.rounds.begin[round + 1];
   Graph<kShared> g(a, graph, shared, state_of(a.pool, graph, after));
   double* change = a.pool.change + static_cast<int64_t>(graph) * g.net.sums();
@@ -161,6 +161,7 @@ __device__ __forceinline__ void edit_graph(const Job& a, int round, int graph, u
     trial.count = record.count[before];
     trial.loss = record.loss[before];
     trial.hit = record.hit[before];
+    trial.best_delta = HUGE_VAL;
     *g.trial = trial;
   }
   __syncthreads();
@@ -170,7 +171,7 @@ __device__ __forceinline__ void edit_graph(const Job& a, int round, int graph, u
     const int passed = g.trial->accepted;
     int64_t* const pairs = pairs_of(a.pool, graph, passed ? after : before);
     if (threadIdx.x < kWarp) {
-      g.next_edit(end, pairs);
+      Proposer<kShared, kPlain>(g).next_edit(end, pairs);
     }
     __syncthreads();
     if (!g.trial->edit.valid) {
@@ -194,7 +195,7 @@ __device__ __forceinline__ void edit_graph(const Job& a, int round, int graph, u
       continue;
     }
     Pass<kShared, true>(g).run();
-    for (int k = static_cast<int>(threadIdx.x); k < g.net.sums(); k += kThreads) {
+    for (int k = static_cast<int>(threadIdx.x); k < g.net.sums(); k += kEditThreads) {
       change[k] = passed ? change[k] + g.change[k] : g.change[k];
     }
     int64_t* const list = pairs_of(a.pool, graph, after);
@@ -213,7 +214,7 @@ __device__ __forceinline__ void edit_graph(const Job& a, int round, int graph, u
     }
     const int channels = a.net.channels(), width = a.net.width;
     const int64_t first = 2 * static_cast<int64_t>(graph) * channels;
-    for (int k = static_cast<int>(threadIdx.x); k < 2 * channels; k += kThreads) {
+    for (int k = static_cast<int>(threadIdx.x); k < 2 * channels; k += kEditThreads) {
       const int order = k / channels, channel = k % channels;
       const int at = (2 * (channel / width) + order) * a.net.stride + channel % width;
       a.pool.sums[after][first + k] = a.pool.sums[before][first + k] + change[at];
@@ -230,29 +231,15 @@ __device__ __forceinline__ void edit_graph(const Job& a, int round, int graph, u
   }
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) edit_kernel(Job a, int round) {
-  ACGKD_FAST_DYNAMIC_SHARED(shared);
-  if (*a.stopped || static_cast<int>(blockIdx.x) >= a.rounds.count[round]) {
-    return;
-  }
-  const int graph = a.rounds.list[static_cast<int64_t>(round) * a.pool.graphs + blockIdx.x];
-  const int nodes = static_cast<int>(a.pool.ptr[graph + 1] - a.pool.ptr[graph]);
-  if (shared_bytes(a.net, nodes) <= a.shared_limit) {
-    edit_graph<true>(a, round, graph, shared);
-  } else {
-    edit_graph<false>(a, round, graph, shared);
-  }
-}
-
 // The copy that counts goes to the operator's results, of which the first copies of pairs and sums are two.
-__global__ void __launch_bounds__(kThreads) finish_kernel(Job a, int64_t* counts, int64_t* label, double* loss,
+__global__ void __launch_bounds__(kEditThreads) finish_kernel(Job a, int64_t* counts, int64_t* label, double* loss,
                                                           bool* hit) {
   const int graph = static_cast<int>(blockIdx.x);
   const Record& record = a.pool.records[graph];
   const int side = record.side, nodes = static_cast<int>(a.pool.ptr[graph + 1] - a.pool.ptr[graph]);
   const float* state = state_of(a.pool, graph, side);
   const int* labels = reinterpret_cast<const int*>(state) + label_start(a.net, nodes);
-  for (int node = static_cast<int>(threadIdx.x); label != nullptr && node < nodes; node += kThreads) {
+  for (int node = static_cast<int>(threadIdx.x); label != nullptr && node < nodes; node += kEditThreads) {
     label[a.pool.ptr[graph] + node] = labels[node];
   }
   if (threadIdx.x == 0) {
@@ -271,16 +258,31 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Job a, int64_t* counts
 
 void launch_build(cudaStream_t stream, const Job& job, const int64_t* counts, const int64_t* label, const double* loss,
                   const bool* hit, const double* sums, const int64_t* pairs) {
-  launch(stream, build_kernel, job.pool.graphs, kThreads, static_cast<size_t>(job.shared_limit), job, counts, label,
-         loss, hit, sums, pairs);
+  const Start from{counts, label, pairs, loss, sums, hit};
+  const int64_t fixed = fixed_bytes(job.net);
+  if (job.some_fit) {
+    launch(stream, build_kernel<true>, job.pool.graphs, kEditThreads, static_cast<size_t>(job.shared_limit), job, from);
+  }
+  if (job.some_do_not) {
+    launch(stream, build_kernel<false>, job.pool.graphs, kEditThreads, static_cast<size_t>(fixed), job, from);
+  }
 }
 
 void launch_edit(cudaStream_t stream, const Job& job, int round, int64_t blocks) {
-  launch(stream, edit_kernel, blocks, kThreads, static_cast<size_t>(job.shared_limit), job, round);
+  const int64_t fixed = fixed_bytes(job.net);
+  const bool plain = job.rules.weight == nullptr && job.rules.two_hop <= 0.0;
+  if (job.some_fit) {
+    launch(stream, plain ? edit_kernel<true, true> : edit_kernel<true, false>, blocks, kEditThreads,
+           static_cast<size_t>(job.shared_limit), job, round);
+  }
+  if (job.some_do_not) {
+    launch(stream, plain ? edit_kernel<false, true> : edit_kernel<false, false>, blocks, kEditThreads,
+           static_cast<size_t>(fixed), job, round);
+  }
 }
 
 void launch_finish(cudaStream_t stream, const Job& job, int64_t* counts, int64_t* label, double* loss, bool* hit) {
-  launch(stream, finish_kernel, job.pool.graphs, kThreads, 0, job, counts, label, loss, hit);
+  launch(stream, finish_kernel, job.pool.graphs, kEditThreads, 0, job, counts, label, loss, hit);
 }
 
 }  // namespace acgkd_fast::cuda::search

@@ -1,6 +1,6 @@
-// One graph of the search in the memory of a block: proposals, edits of its edges, and which rows an edit reaches.
+// One graph of the search in the memory of a block: where it lies, edits of its edges, and which rows an edit reaches.
 //
-// One warp does this; the order of everything is that of csrc/cpu/search_graph.cpp, because sums follow it.
+// The order of everything is that of csrc/cpu/search_graph.cpp, because sums follow it.
 #pragma once
 
 #include "search.h"
@@ -57,7 +57,7 @@ struct Graph {
 
   // Degrees and clean marks, by the whole block.
   __device__ void prepare() const {
-    for (int node = static_cast<int>(threadIdx.x); node < nodes; node += kThreads) {
+    for (int node = static_cast<int>(threadIdx.x); node < nodes; node += kEditThreads) {
       int found = 0;
       for (int w = 0; w < words; ++w) {
         found += __popc(adjacency[node * words + w]);
@@ -66,61 +66,9 @@ struct Graph {
       degree_scale[node] = scale_of(found);
       place[node] = kClean;
     }
-    for (int l = static_cast<int>(threadIdx.x); l <= net.depth; l += kThreads) {
+    for (int l = static_cast<int>(threadIdx.x); l <= net.depth; l += kEditThreads) {
       count[l] = 0;
     }
-  }
-
-  __device__ __forceinline__ static int index(double u, int n) { return static_cast<int>(u * static_cast<double>(n)); }
-
-  // moves.propose in acgkd_fast/distill/moves.py.
-  __device__ __forceinline__ Edit propose(const double (&u)[4], double end, const int64_t* pairs) const {
-    const MoveMix& mix = job.mix;
-    const int edges = trial->count;
-    Edit edit{};
-    edit.move = (u[1] >= mix.below_relabel) + (u[1] >= mix.below_rewire) + (u[1] >= mix.below_add);
-    if (edit.move == kRelabel) {
-      edit.valid = mix.num_labels > 1;
-      if (edit.valid) {
-        edit.node = index(u[2], nodes);
-        edit.label_before = label[edit.node];
-        edit.label_after = (edit.label_before + 1 + index(u[3], mix.num_labels - 1)) % mix.num_labels;
-      }
-      return edit;
-    }
-    int one, two;
-    if (edit.move == kAdd) {
-      if (nodes < 2) {
-        return edit;
-      }
-      one = index(u[2], nodes);
-      two = index(u[3], nodes - 1);
-      two += two >= one;
-      edit.slot = edges;
-    } else {
-      if (edges == 0) {
-        return edit;
-      }
-      edit.slot = index(u[2], edges);
-      const int64_t pair = pairs[edit.slot];
-      edit.old_low = static_cast<int>(pair >> 32);
-      edit.old_high = static_cast<int>(pair & 0xffffffff);
-      if (edit.move == kDelete) {
-        edit.valid = 1;
-        return edit;
-      }
-      if (nodes < 3) {
-        return edit;
-      }
-      one = end < 0.5 ? edit.old_low : edit.old_high;
-      two = index(u[3], nodes - 2);
-      two += two >= edit.old_low;
-      two += two >= edit.old_high;
-    }
-    edit.new_low = min(one, two);
-    edit.new_high = max(one, two);
-    edit.valid = !adjacent(one, two);
-    return edit;
   }
 
   __device__ __forceinline__ void toggle(int a, int b, int by) const {
@@ -129,23 +77,25 @@ struct Graph {
     degree_scale[a] = scale_of(degree[a]);
   }
 
+  __device__ __forceinline__ void link(Edge edge, int by) const {
+    toggle(edge.low, edge.high, by);
+    toggle(edge.high, edge.low, by);
+  }
+
   // Carries out an edit in adjacency and labels, or takes it back; by one thread.
   __device__ __forceinline__ void carry_out(const Edit& edit, bool forward) const {
     if (edit.move == kRelabel) {
       label[edit.node] = forward ? edit.label_after : edit.label_before;
-      return;
     }
-    if (edit.move != kAdd) {
-      toggle(edit.old_low, edit.old_high, forward ? -1 : 1);
-      toggle(edit.old_high, edit.old_low, forward ? -1 : 1);
+    for (int k = 0; k < edit.num_old; ++k) {
+      link(edit.old[k], forward ? -1 : 1);
     }
-    if (edit.move != kDelete) {
-      toggle(edit.new_low, edit.new_high, forward ? 1 : -1);
-      toggle(edit.new_high, edit.new_low, forward ? 1 : -1);
+    for (int k = 0; k < edit.num_fresh; ++k) {
+      link(edit.fresh[k], forward ? 1 : -1);
     }
   }
 
-  // Appends a node to the `size` marked ones. These two are called by a whole warp.
+  // Appends a node to the `size` marked ones. From here on, warp 0 works alone.
   __device__ __forceinline__ int mark(int node, int size) const {
     const bool is_new = place[node] == kClean;
     __syncwarp();
@@ -179,35 +129,46 @@ struct Graph {
     return size;
   }
 
-  // Which rows an edit that has been carried out changes, in the order of their distance.
-  __device__ void mark_reached(const Edit& edit) const {
-    const int lane = static_cast<int>(threadIdx.x);
-    for (int i = lane; i < count[net.depth]; i += kWarp) {
+  __device__ __forceinline__ void clear_marks() const {
+    for (int i = static_cast<int>(threadIdx.x); i < count[net.depth]; i += kWarp) {
       place[dirty[i]] = kClean;
     }
     __syncwarp();
-    int size = 0;
-    if (edit.move == kRelabel) {
-      size = mark(edit.node, size);
+  }
+
+  __device__ bool connected() const {
+    clear_marks();
+    int size = mark(0, 0);
+    for (int i = 0; i < size && size < nodes; ++i) {
+      size = mark_neighbours(dirty[i], size);
     }
+    if (threadIdx.x == 0) {
+      count[net.depth] = size;
+    }
+    __syncwarp();
+    return size == nodes;
+  }
+
+  // Which rows the edit changes that has been carried out, in the order of their distance.
+  __device__ void mark_reached() const {
+    const Edit& edit = trial->edit;
+    clear_marks();
+    int size = edit.move == kRelabel ? mark(edit.node, 0) : 0;
     const int at_input = size;
-    if (edit.move != kRelabel) {
-      const bool goes = edit.move != kAdd, comes = edit.move != kDelete;
-      if (goes) {
-        size = mark(edit.old_high, mark(edit.old_low, size));
-      }
-      if (comes) {
-        size = mark(edit.new_high, mark(edit.new_low, size));
-      }
-      const int ends = net.gin ? 0 : size;
-      for (int i = 0; i < ends; ++i) {
-        // A rewired edge leaves the degree of the end that it keeps alone.
-        const int node = dirty[i];
-        const bool lost = goes && (node == edit.old_low || node == edit.old_high);
-        const bool won = comes && (node == edit.new_low || node == edit.new_high);
-        if (lost != won) {
-          size = mark_neighbours(node, size);
-        }
+    for (int k = 0; k < edit.num_old; ++k) {
+      size = mark(edit.old[k].high, mark(edit.old[k].low, size));
+    }
+    for (int k = 0; k < edit.num_fresh; ++k) {
+      size = mark(edit.fresh[k].high, mark(edit.fresh[k].low, size));
+    }
+    // A swap changes no degree, and a rewired edge leaves that of the end that it keeps alone.
+    const int ends = net.gin || edit.move == kRelabel || edit.move == kSwap ? 0 : size;
+    for (int i = 0; i < ends; ++i) {
+      const int node = dirty[i];
+      const bool lost = edit.num_old != 0 && edit.old[0].ends_in(node);
+      const bool won = edit.num_fresh != 0 && edit.fresh[0].ends_in(node);
+      if (lost != won) {
+        size = mark_neighbours(node, size);
       }
     }
     int reached = at_input, expanded = 0;
@@ -216,45 +177,14 @@ struct Graph {
         size = mark_neighbours(dirty[expanded], size);
       }
       reached = size;
-      if (lane == 0) {
+      if (threadIdx.x == 0) {
         count[l + 1] = size;
       }
     }
-    if (lane == 0) {
+    if (threadIdx.x == 0) {
       count[0] = at_input;
     }
     __syncwarp();
-  }
-
-  // Finds the next possible edit of the round and carries it out; by warp 0.
-  __device__ void next_edit(int end, const int64_t* pairs) const {
-    int step = trial->step;
-    __syncwarp();
-    for (; step < end; ++step) {
-      if (job.rounds.picked[static_cast<int64_t>(step) * job.pool.graphs + graph] == 0) {
-        continue;
-      }
-      double u[4], v[4];
-      uniforms(job, graph, job.first_step + step, 0, u);
-      uniforms(job, graph, job.first_step + step, 1, v);
-      const Edit edit = propose(u, v[0], pairs);
-      if (!edit.valid) {
-        continue;
-      }
-      __syncwarp();
-      if (threadIdx.x == 0) {
-        trial->edit = edit;
-        trial->step = step + 1;
-        trial->accept_uniform = v[1];
-        carry_out(edit, true);
-      }
-      __syncwarp();
-      mark_reached(edit);
-      return;
-    }
-    if (threadIdx.x == 0) {
-      trial->edit.valid = 0;
-    }
   }
 };
 

@@ -3,9 +3,17 @@
 // Every sum runs in the order of csrc/cpu/search_graph.cpp, with a fused multiply-add where the CPU has one.
 #pragma once
 
-#include "search_graph.h"
+#include "search_proposal.h"
 
 namespace acgkd_fast::cuda::search {
+
+#ifndef UNR
+#define UNR 2
+#endif
+#ifndef ROWS
+#define ROWS 2
+#endif
+constexpr int kSharingRows = ROWS, kUnrolled = UNR;
 
 __device__ __forceinline__ float4 load4(const float* from) { return *reinterpret_cast<const float4*>(from); }
 __device__ __forceinline__ float4 load_weight(const float* from) { return __ldg(reinterpret_cast<const float4*>(from)); }
@@ -58,7 +66,7 @@ struct Pass {
   // use(i, quad) for 4 channels of each of `count` rows.
   template <class Use>
   __device__ __forceinline__ void for_quads(int count, Use use) const {
-    for (int item = static_cast<int>(threadIdx.x); item < count * quads; item += kThreads) {
+    for (int item = static_cast<int>(threadIdx.x); item < count * quads; item += kEditThreads) {
       const int i = item / quads;
       use(i, item - i * quads);
     }
@@ -76,7 +84,7 @@ struct Pass {
       x[r] = in + min(first + r, count - 1) * net.stride;
     }
     const float* w = weight + 4 * quad;
-#pragma unroll 2
+#pragma unroll kUnrolled
     for (int k = 0; k < net.stride; k += 4, w += 4 * net.stride) {
       const float4 w0 = load_weight(w), w1 = load_weight(w + net.stride), w2 = load_weight(w + 2 * net.stride);
       const float4 w3 = load_weight(w + 3 * net.stride);
@@ -97,11 +105,11 @@ struct Pass {
   template <class Use>
   __device__ __forceinline__ void multiply(const float* in, int count, const float* weight, const float* bias,
                                            Use use) const {
-    // Four rows share what they read of W once there are enough to keep all threads busy.
-    if (count * quads <= 2 * kThreads) {
+    // Rows share what they read of W once there are enough of them to keep all threads busy.
+    if (count * quads <= 2 * kEditThreads) {
       for_quads(count, [&](int i, int quad) { multiply_block<1>(in, i, count, quad, weight, bias, use); });
     } else {
-      for_quads((count + 3) / 4, [&](int i, int quad) { multiply_block<4>(in, 4 * i, count, quad, weight, bias, use); });
+      for_quads((count + kSharingRows - 1) / kSharingRows, [&](int i, int quad) { multiply_block<kSharingRows>(in, kSharingRows * i, count, quad, weight, bias, use); });
     }
   }
 
@@ -145,7 +153,7 @@ struct Pass {
   // everything else.
   __device__ __forceinline__ void moments(int norm, int count, const float* fresh, int plane) const {
     const float* old = g.features + plane * row_words;
-    for (int item = kThreads - 1 - static_cast<int>(threadIdx.x); item < 2 * net.stride; item += kThreads) {
+    for (int item = kEditThreads - 1 - static_cast<int>(threadIdx.x); item < 2 * net.stride; item += kEditThreads) {
       const bool squares = item >= net.stride;
       const int channel = squares ? item - net.stride : item;
       double sum = 0.0;
@@ -165,7 +173,7 @@ struct Pass {
     for_quads(count, [&](int i, int quad) {
       const int node = g.dirty[i];
       float4 z{0.0f, 0.0f, 0.0f, 0.0f};
-      if (g.job.mix.num_labels > 1) {
+      if (g.job.rules.num_labels > 1) {
         z = load_weight(layer.weight + g.label[node] * net.stride + 4 * quad);
       } else {
         const float* x = g.job.pool.x + (g.job.pool.ptr[g.graph] + node) * net.features;
@@ -241,7 +249,7 @@ struct Pass {
 
   __device__ __forceinline__ void pool_rows() const {
     const int reached = g.count[net.depth];
-    for (int channel = static_cast<int>(threadIdx.x); channel < net.stride; channel += kThreads) {
+    for (int channel = static_cast<int>(threadIdx.x); channel < net.stride; channel += kEditThreads) {
       float pooled = 0.0f;
 #pragma unroll 2
       for (int node = 0; node < g.nodes; ++node) {
@@ -280,7 +288,7 @@ struct Pass {
 
   // The other warps: one class each.
   __device__ __forceinline__ void classify() const {
-    for (int c = static_cast<int>(threadIdx.x) - kWarp; c < net.classes; c += kThreads - kWarp) {
+    for (int c = static_cast<int>(threadIdx.x) - kWarp; c < net.classes; c += kEditThreads - kWarp) {
       const float* weight = net.classifier + static_cast<int64_t>(c) * net.width;
       double logit = __ldg(net.bias + c);
 #pragma unroll 4
