@@ -86,6 +86,11 @@ def test_compiles_for_every_architecture_without_spills(compiled, name):
     assert kernels[ARCHITECTURES[0]] and len(set(map(frozenset, kernels.values()))) == 1
     usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", found.log)
     assert len(usage) >= sum(map(len, kernels.values()))
+    # Shown by pytest -rP.
+    for kernel, built_for, registers in re.findall(
+        r"entry function '(\w+)' for 'sm_(\d+)'.*?Used (\d+) registers", found.log, re.DOTALL
+    ):
+        print(f"sm_{built_for} {registers:>3} registers {kernel}")
     # A stack frame without spills is a register array that is indexed at run time: as slow as a spill.
     assert set(usage) == {("0", "0", "0")}, found.log
 

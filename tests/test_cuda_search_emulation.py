@@ -17,12 +17,13 @@ import torch
 from cuda_search_cases import NAMES, SEARCHES, Search, compare, least_shared_bytes, relabelling, used
 from emulated_kernels import CUDA_SOURCES, SHARED_BYTES, assert_order_does_not_matter, emulated_kernels
 from search_helpers import assert_simple
+from test_search import make_teacher
 
 import acgkd_fast.search  # noqa: F401  declares the operator
 from acgkd_fast import _library
 from acgkd_fast.distill.edge_lists import EdgeLists
 from acgkd_fast.distill.statistics import graph_moment_sums
-from acgkd_fast.search.packing import PackedTeacher
+from acgkd_fast.search.packing import PackedTeacher, why_too_wide
 from acgkd_fast.search.reference import forward
 
 SOURCES = [source for source in CUDA_SOURCES if source.stem.startswith("search")]
@@ -193,3 +194,12 @@ def test_a_teacher_too_wide_for_shared_memory_is_named(emulated):
     with pytest.raises(RuntimeError, match="moment sums and logits take 500 bytes of shared memory or fewer"):
         emulated.ops.search_steps(*Search().operands())
     emulated.share(SHARED_BYTES)
+
+
+@pytest.mark.parametrize("arch", ["gcn3-8", "gin4-33", "gin5-64"])
+def test_teachers_that_are_too_wide_are_known_beforehand(emulated, arch):
+    teacher = make_teacher(arch)
+    least = least_shared_bytes(Search(arch).operands())
+    assert why_too_wide(teacher, least + 1024) is None
+    reason = why_too_wide(teacher, least - 16)
+    assert reason is not None and "bytes of shared memory" in reason

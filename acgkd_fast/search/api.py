@@ -15,7 +15,7 @@ from ..errors import InputError, check
 from ..philox import check_word
 from ..teachers import Teacher
 from . import ops
-from .packing import PackedTeacher, why_not_packed
+from .packing import PackedTeacher, why_not_packed, why_too_wide
 
 assert ops.SEARCH_STEPS  # importing the module declares the operator
 
@@ -31,7 +31,13 @@ def why_unsupported(teacher: Teacher, x: torch.Tensor) -> str | None:
         return f"the features are {str(x.dtype).removeprefix('torch.')}, not float32"
     if backend("search_steps", x.device) != "native":
         return f"no native search kernel serves {x.device.type} tensors"
-    return why_not_packed(teacher)
+    reason = why_not_packed(teacher)
+    if reason is None and x.is_cuda:
+        # Older torch does not tell; every GPU has this much.
+        least = 48 * 1024
+        found = getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", least)
+        return why_too_wide(teacher, found)
+    return reason
 
 
 @dataclass(eq=False)

@@ -57,6 +57,19 @@ def why_not_packed(teacher: Teacher) -> str | None:
     return None
 
 
+def why_too_wide(teacher: Teacher, shared_bytes: int) -> str | None:
+    """Why a GPU's block has too little shared memory for a teacher that can be packed, or None if it has enough."""
+    model = teacher.module
+    assert isinstance(model, GraphClassifier)
+    norms = sum(isinstance(part, nn.BatchNorm1d) for part in model.modules())
+    stride = -(-model.width // 16) * 16
+    # As `fixed_bytes` in csrc/cuda/search.h, which refuses what this lets through; a kilobyte is for small things.
+    needed = 16 * norms * stride + 8 * model.num_classes + 4 * stride + 1024
+    if needed <= shared_bytes:
+        return None
+    return f"its moment sums take {needed} bytes of shared memory, and a block of this GPU has {shared_bytes}"
+
+
 def _is_plain(block: nn.Module) -> bool:
     if type(block) is not Block or not _is_frozen_norm(block.norm):
         return False

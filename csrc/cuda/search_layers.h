@@ -7,13 +7,8 @@
 
 namespace acgkd_fast::cuda::search {
 
-#ifndef UNR
-#define UNR 2
-#endif
-#ifndef ROWS
-#define ROWS 2
-#endif
-constexpr int kSharingRows = ROWS, kUnrolled = UNR;
+// Rows that share what they read of W, once there are enough to keep all threads busy.
+constexpr int kSharingRows = 2;
 
 __device__ __forceinline__ float4 load4(const float* from) { return *reinterpret_cast<const float4*>(from); }
 __device__ __forceinline__ float4 load_weight(const float* from) { return __ldg(reinterpret_cast<const float4*>(from)); }
@@ -84,7 +79,7 @@ struct Pass {
       x[r] = in + min(first + r, count - 1) * net.stride;
     }
     const float* w = weight + 4 * quad;
-#pragma unroll kUnrolled
+#pragma unroll 2
     for (int k = 0; k < net.stride; k += 4, w += 4 * net.stride) {
       const float4 w0 = load_weight(w), w1 = load_weight(w + net.stride), w2 = load_weight(w + 2 * net.stride);
       const float4 w3 = load_weight(w + 3 * net.stride);
@@ -105,7 +100,6 @@ struct Pass {
   template <class Use>
   __device__ __forceinline__ void multiply(const float* in, int count, const float* weight, const float* bias,
                                            Use use) const {
-    // Rows share what they read of W once there are enough of them to keep all threads busy.
     if (count * quads <= 2 * kEditThreads) {
       for_quads(count, [&](int i, int quad) { multiply_block<1>(in, i, count, quad, weight, bias, use); });
     } else {
