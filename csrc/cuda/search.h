@@ -185,9 +185,9 @@ struct Job {
   double* candidate;  // [levels, 2 channels + 1]: totals and excess of the pool after as many halvings
 };
 
-// A row of 64 channels takes 16 threads, so ten rows at once. Three blocks then leave each thread 128 registers, and three
-// graphs of 20 nodes and four blocks of 64 channels fill the memory of a processor.
-constexpr int kEditThreads = 160;
+// A row of 64 channels takes 16 threads, so eight rows at once. Three graphs of 20 nodes and four blocks of 64 channels fill
+// the memory of a processor, and three blocks of so many threads leave each thread the registers that it needs.
+constexpr int kEditThreads = 128;
 constexpr int kSettleThreads = 512;
 // Up to so many graphs one block settles a round; beyond, the totals take a launch of their own.
 constexpr int kSettledByOneBlock = 128;

@@ -44,7 +44,7 @@ struct Start {
 };
 
 template <bool kShared>
-__global__ void __launch_bounds__(kEditThreads) build_kernel(Job a, Start from) {
+__global__ void __launch_bounds__(kEditThreads, 2) build_kernel(Job a, Start from) {
   ACGKD_FAST_DYNAMIC_SHARED(shared);
   const int graph = static_cast<int>(blockIdx.x);
   if (!serves<kShared>(a, graph)) {

@@ -79,7 +79,7 @@ struct Pass {
       x[r] = in + min(first + r, count - 1) * net.stride;
     }
     const float* w = weight + 4 * quad;
-#pragma unroll 2
+#pragma unroll(kRows == 1 ? 2 : 1)
     for (int k = 0; k < net.stride; k += 4, w += 4 * net.stride) {
       const float4 w0 = load_weight(w), w1 = load_weight(w + net.stride), w2 = load_weight(w + 2 * net.stride);
       const float4 w3 = load_weight(w + 3 * net.stride);
