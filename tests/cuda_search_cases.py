@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from helpers import normal
-from search_helpers import SIZES, WIDTH, make_graphs
-from test_search import make_teacher
+from search_helpers import SIZES, WIDTH, drawn_teacher, make_graphs
 
 from acgkd_fast.distill.moves import MoveMix
 from acgkd_fast.distill.proposal_weights import EdgeProposals
@@ -50,7 +49,7 @@ class Search:
 
     def operands(self, device: str = "cpu") -> tuple[Any, ...]:
         """What `search_steps` hands to the operator."""
-        teacher = make_teacher(self.arch, self.readout, self.seed, self.logit_scale)
+        teacher = drawn_teacher(self.arch, self.readout, self.seed, self.logit_scale)
         graphs = make_graphs(self.seed, self.sizes, self.degree, self.features)
         refiner = Refiner(teacher, graphs, RefineSettings(engine="generic", cap=self.cap), seed=self.seed)
         energy, scores, lists = refiner._energy, refiner._scores, refiner._lists

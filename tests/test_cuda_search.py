@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_search_cases import NAMES, SEARCHES, Search, compare, relabelling, used
-from search_helpers import assert_simple
-from test_search import assert_state_is_fresh, make_graphs, make_teacher
+from search_helpers import assert_simple, assert_state_is_fresh, drawn_teacher, make_graphs
 
 from acgkd_fast import GraphBatch, _library
 from acgkd_fast.distill.edge_lists import EdgeLists
@@ -88,7 +87,7 @@ def test_equal_bits_on_a_repeat(name):
 def test_the_state_after_many_edits_is_that_of_a_forward_pass(name):
     search = replace(LARGE[name], steps=100)
     graphs = make_graphs(search.seed, search.sizes, search.degree)
-    teacher = make_teacher(search.arch)
+    teacher = drawn_teacher(search.arch)
     on_gpu = as_teacher(teacher.module.cuda())
     graphs = GraphBatch(graphs.x.cuda(), graphs.edges.to("cuda"), graphs.y.cuda())
     refiner = Refiner(on_gpu, graphs, RefineSettings(steps=100, interval=search.interval, engine="native"), seed=3)

@@ -16,8 +16,7 @@ import pytest
 import torch
 from cuda_search_cases import NAMES, SEARCHES, Search, compare, least_shared_bytes, relabelling, used
 from emulated_kernels import CUDA_SOURCES, SHARED_BYTES, assert_order_does_not_matter, emulated_kernels
-from search_helpers import assert_simple
-from test_search import make_teacher
+from search_helpers import assert_simple, drawn_teacher
 
 import acgkd_fast.search  # noqa: F401  declares the operator
 from acgkd_fast import _library
@@ -198,7 +197,7 @@ def test_a_teacher_too_wide_for_shared_memory_is_named(emulated):
 
 @pytest.mark.parametrize("arch", ["gcn3-8", "gin4-33", "gin5-64"])
 def test_teachers_that_are_too_wide_are_known_beforehand(emulated, arch):
-    teacher = make_teacher(arch)
+    teacher = drawn_teacher(arch)
     least = least_shared_bytes(Search(arch).operands())
     assert why_too_wide(teacher, least + 1024) is None
     reason = why_too_wide(teacher, least - 16)

@@ -18,8 +18,8 @@ constexpr int64_t kAny = -1;
 
 void check_operand(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape,
                    const Tensor& like) {
-  bool fits = tensor.scalar_type() == dtype && tensor.is_contiguous() &&
-              tensor.get_device_index() == like.get_device_index() && tensor.dim() == static_cast<int64_t>(shape.size());
+  const bool here = tensor.get_device_index() == like.get_device_index() && tensor.is_contiguous();
+  bool fits = here && tensor.scalar_type() == dtype && tensor.dim() == static_cast<int64_t>(shape.size());
   std::ostringstream wanted;
   int64_t d = 0;
   for (const int64_t extent : shape) {
@@ -42,7 +42,7 @@ struct Facts {
 
 constexpr int64_t kBadTarget = 1, kBadLabel = 2, kBadGraph = 4, kBadTable = 8;
 
-__global__ void __launch_bounds__(kThreads) facts_kernel(Facts a) {
+__global__ void __launch_bounds__(kThreads, 2) facts_kernel(Facts a) {
   const int64_t graph = blockIdx.x, begin = a.ptr[graph], end = a.ptr[graph + 1], count = a.counts[graph];
   const bool sized = begin >= 0 && begin < end && end <= a.nodes && (graph > 0 || begin == 0) &&
                      (graph + 1 < a.graphs || end == a.nodes);

@@ -22,7 +22,7 @@ struct Layer {
   const float *weight, *bias, *inner_scale, *inner_shift, *second, *second_bias, *scale, *shift;
 };
 
-// The teacher; formulas in csrc/cpu/search_network.h. Inner products run over `stride` inputs: weights have zeros there.
+// The teacher; formulas in csrc/cpu/search_network.h. Products run over `stride` inputs: weights have zeros there.
 struct Network {
   const float* weights;      // per block W, b, (inner scale, inner shift, W2, b2,) scale, shift
   const float* self_weight;  // [depth], 1 + eps of GIN
@@ -64,8 +64,8 @@ struct Network {
   }
 };
 
-// Words of 4 bytes: a graph's state is its features, adjacency bits and labels; its scratch the rows of an edit and four
-// numbers per node.
+// Words of 4 bytes. A graph's state is its features, adjacency bits and labels, its scratch the rows of an edit and
+// four numbers per node.
 __host__ __device__ inline int64_t label_start(const Network& net, int64_t nodes) {
   return nodes * (int64_t{net.planes()} * net.stride + (nodes + 31) / 32);
 }
@@ -185,8 +185,8 @@ struct Job {
   double* candidate;  // [levels, 2 channels + 1]: totals and excess of the pool after as many halvings
 };
 
-// A row of 64 channels takes 16 threads, so eight rows at once. Three graphs of 20 nodes and four blocks of 64 channels fill
-// the memory of a processor, and three blocks of so many threads leave each thread the registers that it needs.
+// A row of 64 channels takes 16 threads, so eight rows at once. Three graphs of 20 nodes and four blocks of 64 channels
+// fill the memory of a processor, and three blocks of so many threads leave each thread the registers that it needs.
 constexpr int kEditThreads = 128;
 constexpr int kSettleThreads = 512;
 // Up to so many graphs one block settles a round; beyond, the totals take a launch of their own.

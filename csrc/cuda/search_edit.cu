@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kEditThreads, kShared && kPlain ? 3 : 2) edit_
 }
 
 // The copy that counts goes to the operator's results, of which the first copies of pairs and sums are two.
-__global__ void __launch_bounds__(kEditThreads) finish_kernel(Job a, int64_t* counts, int64_t* label, double* loss,
+__global__ void __launch_bounds__(kEditThreads, 2) finish_kernel(Job a, int64_t* counts, int64_t* label, double* loss,
                                                           bool* hit) {
   const int graph = static_cast<int>(blockIdx.x);
   const Record& record = a.pool.records[graph];

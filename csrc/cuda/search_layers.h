@@ -11,7 +11,9 @@ namespace acgkd_fast::cuda::search {
 constexpr int kSharingRows = 2;
 
 __device__ __forceinline__ float4 load4(const float* from) { return *reinterpret_cast<const float4*>(from); }
-__device__ __forceinline__ float4 load_weight(const float* from) { return __ldg(reinterpret_cast<const float4*>(from)); }
+__device__ __forceinline__ float4 load_weight(const float* from) {
+  return __ldg(reinterpret_cast<const float4*>(from));
+}
 __device__ __forceinline__ void store4(float* to, float4 value) { *reinterpret_cast<float4*>(to) = value; }
 
 __device__ __forceinline__ float4 scaled(float a, float4 x) { return {a * x.x, a * x.y, a * x.z, a * x.w}; }
@@ -103,7 +105,9 @@ struct Pass {
     if (count * quads <= 2 * kEditThreads) {
       for_quads(count, [&](int i, int quad) { multiply_block<1>(in, i, count, quad, weight, bias, use); });
     } else {
-      for_quads((count + kSharingRows - 1) / kSharingRows, [&](int i, int quad) { multiply_block<kSharingRows>(in, kSharingRows * i, count, quad, weight, bias, use); });
+      for_quads((count + kSharingRows - 1) / kSharingRows, [&](int i, int quad) {
+        multiply_block<kSharingRows>(in, kSharingRows * i, count, quad, weight, bias, use);
+      });
     }
   }
 
@@ -143,8 +147,8 @@ struct Pass {
     }
   }
 
-  // Change of the sums of one norm's inputs, in float64, row after row. The last threads take it: the first have more of
-  // everything else.
+  // Change of the sums of one norm's inputs, in float64, row after row. The last threads take it: the first have more
+  // of everything else.
   __device__ __forceinline__ void moments(int norm, int count, const float* fresh, int plane) const {
     const float* old = g.features + plane * row_words;
     for (int item = kEditThreads - 1 - static_cast<int>(threadIdx.x); item < 2 * net.stride; item += kEditThreads) {

@@ -25,7 +25,7 @@ __device__ __forceinline__ int place_in_block(bool flag, int* partial, int& tota
 }
 
 // A block per layer copies its weights, each matrix row padded to `stride`; see Network and search/packing.py.
-__global__ void __launch_bounds__(kThreads) pad_kernel(Network net, const float* parameters, float* weights,
+__global__ void __launch_bounds__(kThreads, 2) pad_kernel(Network net, const float* parameters, float* weights,
                                                        float* self_weight) {
   const int l = static_cast<int>(blockIdx.x);
   const int64_t width = net.width, stride = net.stride;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) pad_kernel(Network net, const float*
 }
 
 // A block per step: the `edited` graphs of the smallest draws, of equal draws those of smaller numbers.
-__global__ void __launch_bounds__(kThreads) choose_kernel(Job a) {
+__global__ void __launch_bounds__(kThreads, 2) choose_kernel(Job a) {
   ACGKD_FAST_DYNAMIC_SHARED(shared);
   int* partial = reinterpret_cast<int*>(shared);
   const int step = static_cast<int>(blockIdx.x), graphs = a.pool.graphs;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) choose_kernel(Job a) {
 }
 
 // A block per round: the graphs that any of its steps edits, ascending.
-__global__ void __launch_bounds__(kThreads) list_kernel(Job a) {
+__global__ void __launch_bounds__(kThreads, 2) list_kernel(Job a) {
   ACGKD_FAST_DYNAMIC_SHARED(shared);
   int* partial = reinterpret_cast<int*>(shared);
   const int round = static_cast<int>(blockIdx.x), graphs = a.pool.graphs;
@@ -151,7 +151,7 @@ __device__ __forceinline__ double divergence(const Job& a, const double* total) 
   return 0.5 * group_sum(sum, kWarp) / static_cast<double>(channels);
 }
 
-__global__ void __launch_bounds__(kSettleThreads) start_kernel(Job a, const double* total, const double* level) {
+__global__ void __launch_bounds__(kSettleThreads, 1) start_kernel(Job a, const double* total, const double* level) {
   const int thread = static_cast<int>(threadIdx.x);
   for (int k = thread; k < a.net.sums(); k += kSettleThreads) {
     a.slope[k] = 0.0;
@@ -211,7 +211,7 @@ __device__ __forceinline__ void sum_candidate(const Job& a, const int* list, int
   *to = is_excess ? sum + a.level[0] : sum;
 }
 
-__global__ void __launch_bounds__(kThreads) rank_kernel(Job a, int round) {
+__global__ void __launch_bounds__(kThreads, 2) rank_kernel(Job a, int round) {
   const int place = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
   const int count = a.rounds.count[round];
   if (*a.stopped || place >= count) {
@@ -239,7 +239,7 @@ struct Verdict {
 // Keeps the edits of a round if together they do not raise the true energy; else tries the more promising half, and so
 // on. kAlone: ranks and candidates have not been prepared by launches of their own.
 template <bool kAlone>
-__global__ void __launch_bounds__(kSettleThreads) settle_kernel(Job a, int round) {
+__global__ void __launch_bounds__(kSettleThreads, 1) settle_kernel(Job a, int round) {
   ACGKD_FAST_DYNAMIC_SHARED(shared);
   Verdict& verdict = *reinterpret_cast<Verdict*>(shared);
   if (*a.stopped) {
