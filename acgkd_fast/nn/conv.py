@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 from ..errors import InputError, check, check_tensor
 from ..graphs import EdgeSample
 from ..propagate import gcn_propagate, gin_propagate
+from .linear import linear
 
 Edges = EdgeSample | torch.Tensor
 
