@@ -61,6 +61,7 @@ def record() -> dict[str, Call]:
     import acgkd_fast as af
     from acgkd_fast.distill.inversion import Learner, LearnSettings
     from acgkd_fast.normalize import column_moments
+    from acgkd_fast.optim import Adam
 
     shape = Shape("small", 16, (10, 29), 0.13)
     found: dict[str, Call] = {}
@@ -82,6 +83,14 @@ def record() -> dict[str, Call]:
     for estimator in ("relaxed", "hard_concrete"):
         pseudo = make_pseudo_graphs(shape)
         note(estimator, lambda p=pseudo, e=estimator: p.sample(seed=0, estimator=e).value.sum().backward())
+    pseudo = make_pseudo_graphs(shape)
+    optimizer = Adam([pseudo.logits])
+
+    def sparse_step() -> None:
+        pseudo.sample(seed=0, estimator="sparse_straight_through", sparse_grad=True).value.sum().backward()
+        optimizer.step()
+
+    note("sparse gradient", sparse_step)
     features = torch.randn(320, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     note("statistics", lambda: torch.stack(column_moments(features)).sum().backward())
     teacher = af.as_teacher(make_teacher(shape))

@@ -22,6 +22,9 @@ SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "90", "100")
 OPERATORS = re.findall(r'm\.impl\("(\w+)"', "".join(source.read_text() for source in SOURCES))
 
+# Called for CPU tensors only; elsewhere torch's own kernels are used.
+LEFT_TO_TORCH = {"softmax_rows", "softmax_rows_backward", "mean_entropy", "mean_entropy_backward"}
+
 
 def cuda_home() -> Path | None:
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -127,7 +130,7 @@ def test_every_operator_has_a_cuda_kernel():
 
     owners = (propagate.__name__, normalize.__name__, search.__name__)
     expected = {n for n in _library.operators() if _library.reference(n).__module__.startswith(owners)}
-    assert expected == set(OPERATORS)
+    assert expected - LEFT_TO_TORCH == set(OPERATORS)
 
 
 def test_no_atomics():

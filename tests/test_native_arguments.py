@@ -68,7 +68,7 @@ def swapped(arguments: tuple, position: int, value) -> tuple:
             (X, torch.zeros(2), LAYOUT.table, RNG, TEMPERATURE, 0, 0, 0.1, 4, -1),
             "estimator: expected 2 or 3, got 0",
         ),
-        ("pair_uniforms", (LAYOUT.table, RNG, 0, 4, 4), "stream: expected 0..3, got 4"),
+        ("pair_uniforms", (LAYOUT.table, RNG, 0, 6, 4), "stream: expected 0..5, got 6"),
         ("gcn_propagate", (X[:4], VALUE, None, None, *TIED, True, 0), r"rowptr: expected .* \(5\), got .* \(6\)"),
         ("gcn_propagate", (X, VALUE.double(), None, None, *TIED, True, 0), "value: expected a contiguous Float"),
         ("gcn_propagate", (X, VALUE, None, None, ROWPTR + 1, *TIED[1:], True, 0), "rowptr: expected offsets that rise"),
