@@ -118,13 +118,17 @@ def searched(teacher, graphs, seed=3, steps=100, *, edge_weights=None, **options
     return refiner
 
 
-def assert_state_is_fresh(refiner: Refiner) -> None:
-    """Sums, losses and energy are those of a forward pass over the graphs as they stand."""
+def assert_state_is_fresh(refiner: Refiner, start: GraphBatch | None = None) -> None:
+    """Sums, losses and energy are those of a forward pass over the graphs as they stand.
+
+    The sums begin as those of the teacher's own pass over `start`, so that pass's rounding stays in them.
+    """
     now = refiner.graphs()
     assert_simple(now.edges, refiner._sizes.tolist())
     energy = refiner._energy
     fresh_energy, fresh = Energy.start(energy.lam_k, energy.w_ce, energy.cap, refiner.teacher, now)
-    size = fresh.sums.abs().amax((0, 2)).clamp(min=1.0)[None, :, None]
+    first = fresh if start is None else Energy.start(energy.lam_k, energy.w_ce, energy.cap, refiner.teacher, start)[1]
+    size = torch.maximum(fresh.sums.abs(), first.sums.abs()).amax((0, 2)).clamp(min=1.0)[None, :, None]
     torch.testing.assert_close(refiner._scores.sums / size, fresh.sums / size, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(refiner._scores.loss, fresh.loss, rtol=1e-4, atol=1e-4 * float(fresh.loss.max()) + 1e-5)
     margin = forward(pack_teacher(refiner.teacher.module), now.x, now.edges)[0].diff(dim=1).abs().squeeze(1)

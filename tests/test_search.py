@@ -62,7 +62,7 @@ def test_incremental_state_equals_a_forward_pass_from_scratch(
     options |= {"share": 0.7, "engine": "native", "proposals": 1 if options["temperature"] else proposals}
     options |= {"keep_degrees": True} if keep_degrees else {"two_hop": two_hop}
     logits = None if keep_degrees or xi is None else drawn_logits(sizes, xi, seed)
-    assert_state_is_fresh(searched(teacher, graphs, seed, 60, edge_weights=logits, **options))
+    assert_state_is_fresh(searched(teacher, graphs, seed, 60, edge_weights=logits, **options), graphs)
 
 
 @native_only
@@ -181,7 +181,7 @@ def test_degenerate_graphs(arch, sizes, degree):
     graphs = make_graphs(sizes=sizes, degree=degree, seed=1)
     refiner = searched(drawn_teacher(arch), graphs, steps=60, rewire=0.4, share=1.0, engine="native")
     assert refiner.step == 60
-    assert_state_is_fresh(refiner)
+    assert_state_is_fresh(refiner, graphs)
     assert torch.stack(refiner._trace).diff().max() <= 1e-12
 
 
