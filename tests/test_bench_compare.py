@@ -92,7 +92,7 @@ def test_a_deliberately_slowed_operator_is_caught(tmp_path):
         out = folder / "out.json"
         command = [sys.executable, "-m", "pytest", "-q", "bench_slowed.py", f"--benchmark-json={out}"]
         command += ["-o", "python_files=bench_*.py", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
         paths.append(str(out))
     assert compare.main(paths) == 1
