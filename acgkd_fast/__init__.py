@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from .graphs import EdgeSample as EdgeSample
     from .graphs import GraphBatch as GraphBatch
     from .layout import PairLayout as PairLayout
+    from .nn.accelerate import accelerate as accelerate
+    from .nn.accelerate import acceleration_report as acceleration_report
+    from .nn.accelerate import restore as restore
     from .propagate import gcn_propagate as gcn_propagate
     from .propagate import gin_propagate as gin_propagate
     from .propagate import readout as readout
@@ -65,6 +68,9 @@ _HOMES = {
     "EdgeSample": ".graphs",
     "GraphBatch": ".graphs",
     "PairLayout": ".layout",
+    "accelerate": ".nn.accelerate",
+    "acceleration_report": ".nn.accelerate",
+    "restore": ".nn.accelerate",
     "gcn_propagate": ".propagate",
     "gin_propagate": ".propagate",
     "readout": ".propagate",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calling import Call, call_convention, check_logits, input_width, probe, without_weights
+from .calling import Call, call_convention, check_logits, input_width, probe, sample_convention, without_weights
 from .errors import InputError, check
 from .graphs import GraphBatch
+from .nn.accelerate import is_accelerated
 from .nn.models import GraphClassifier, build_model
 from .training import Progress, fit
 
@@ -102,8 +104,13 @@ def as_teacher(
 
     Args:
         module: a GraphClassifier, a Teacher (returned as it is), or a module whose ``forward`` takes,
-            by parameter name, (x, edges), (x, edge_index, batch) with an optional ``edge_weight`` or
-            ``edge_attr``, or one PyTorch Geometric batch.
+            by parameter name and in any order, (x, edge_index, batch) with an optional ``edge_weight`` or
+            ``edge_attr``; (x, edges) with an EdgeSample; (graph, x) as DGL's models do, with the edge
+            weights in ``graph.edata["weight"]`` and, where ``forward`` has it, in ``edge_weight``;
+            (x, adj, mask), padded; or one PyTorch Geometric batch. Usual other names (features,
+            batch_index, g, adjacency ...) count as these. A module of :func:`acgkd_fast.accelerate` that
+            does no more than pass ``edge_index`` on gets an EdgeSample there, so that its edges have
+            gradients whatever its layers are.
         num_features: width of the node features; default: the module's ``num_features`` or
             ``in_channels``, else the input width of its first layer.
         num_classes: number of logits; default: seen from the module's answer.
@@ -136,17 +143,43 @@ def as_teacher(
         )
     bound = call_convention(module) if call is None else _bind(call, module)
     width = input_width(module) if num_features is None else num_features
-    classes, weighted = probe(module, bound, width)
-    _check_width("num_classes", num_classes, classes)
+    logits, weighted = probe(module, bound, width)
+    _check_width("num_classes", num_classes, logits.shape[1])
+    if call is None and is_accelerated(module):
+        passes = _passes_samples(module, width, logits)
+        if passes is not None:
+            bound, weighted = passes, True
     return Teacher(
         module,
         bound,
         num_features=width,
-        num_classes=classes,
+        num_classes=logits.shape[1],
         accepts_edge_weight=weighted,
         feature_kind=feature_kind,
         has_adapter=call is not None,
     )
+
+
+def _passes_samples(module: nn.Module, width: int, expected: torch.Tensor) -> Call | None:
+    """How to give an accelerated module its edges as an EdgeSample, if it can take them; a warning if not."""
+    call = sample_convention(module)
+    reason = "its forward has no place for one"
+    if call is not None:
+        try:
+            logits, weighted = probe(module, call, width)
+        except InputError as error:
+            reason = str(error).split("; pass ")[0].split(", got ", 1)[-1]
+        else:
+            if weighted and torch.allclose(logits, expected, rtol=1e-4, atol=1e-5):
+                return call
+            reason = "its answer is another" if weighted else "edge weights do not change its answer"
+    warnings.warn(
+        f"teacher: {type(module).__name__} does not pass an EdgeSample on from edge_index to its layers ({reason}), "
+        "so it is called as if it were not accelerated",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return None
 
 
 def _bind(call: Adapter, module: nn.Module) -> Call:

@@ -33,3 +33,10 @@ def test_same_values_and_gradients(shape, dtype, bias, learns):
 def test_second_derivatives():
     x, weight = normal((4, 3), 1).requires_grad_(), normal((2, 3), 2)
     assert torch.autograd.gradgradcheck(lambda x: linear(x, weight).pow(3), (x,))
+
+
+def test_several_graphs_features():
+    x, weight = normal((2, 4, 3), 1).requires_grad_(), normal((2, 3), 2)
+    grad = normal((2, 4, 2), 3)
+    (found,) = torch.autograd.grad(linear(x, weight), x, grad)
+    torch.testing.assert_close(found, grad @ weight)

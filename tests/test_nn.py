@@ -144,13 +144,16 @@ def test_gradients_reach_absent_candidates(layer):
         (lambda: GCNConv(3, 0), "out_channels: expected at least 1"),
         (lambda: GCNConv(3, 3, normalize=False, add_self_loops=True), "add_self_loops: expected False"),
         (lambda: GCNConv(3, 3)(torch.zeros(2, 4), torch.zeros(2, 0, dtype=torch.int64)), r"x: expected .*\(any, 3\)"),
-        (lambda: GCNConv(3, 3)(torch.zeros(2, 3), [[0], [1]]), "edge_index: expected an EdgeSample or an int64"),
-        (lambda: GCNConv(3, 3)(torch.zeros(2, 3), torch.zeros(2, 1).int()), "edge_index: expected dtype int64"),
+        (lambda: GCNConv(3, 3)(torch.zeros(2, 3), [[0], [1]]), "edge_index: expected an EdgeSample, an int64"),
+        (lambda: GCNConv(3, 3)(torch.zeros(2, 3), torch.zeros(2, 1)), "edge_index: expected dtype int64"),
         (
             lambda: GCNConv(3, 3)(torch.zeros(2, 3), torch.zeros(2, 1).long(), torch.ones(1).long()),
             "edge_weight: expected dtype float32",
         ),
-        (lambda: GINConv(nn.Linear(3, 3))(torch.zeros(3), torch.zeros(2, 1).long()), r"x: expected .*\(any, any\)"),
+        (
+            lambda: GINConv(nn.Linear(3, 3))(torch.zeros(3), torch.zeros(2, 1).long()),
+            r"x: expected .*\(\.\.\., any, any\)",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, message):
@@ -163,14 +166,6 @@ def test_weights_beside_an_edge_sample_are_refused():
     edges, _ = random_edges([3], symmetric=True, seed=0, dtype=torch.float32)
     with pytest.raises(InputError, match="edge_weight: expected None beside an EdgeSample"):
         GCNConv(2, 2)(torch.zeros(3, 2), edges, edges.value)
-
-
-@pytest.mark.parametrize("option", ["improved", "cached"])
-def test_unknown_options_are_refused_by_the_signature(option):
-    with pytest.raises(TypeError, match=option):
-        GCNConv(2, 2, **{option: True})
-    with pytest.raises(TypeError, match="positional"):
-        GCNConv(2, 2, True)
 
 
 # Models.

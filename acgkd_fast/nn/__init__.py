@@ -1,8 +1,13 @@
-"""Message-passing layers that use edge weights, and the graph classifiers built from them."""
+"""Message-passing layers that use edge weights, the graph classifiers built from them, and `accelerate`."""
 
-from .attention import GATConv
-from .conv import GCNConv, GINConv
+from .gat_conv import GATConv
+from .gcn_conv import GCNConv
+from .gin_conv import GINConv, GINEConv
 from .models import GraphClassifier, build_model
 from .projected import ProjectedClassifier
+from .sage_conv import SAGEConv
 
-__all__ = ["GATConv", "GCNConv", "GINConv", "GraphClassifier", "ProjectedClassifier", "build_model"]
+__all__ = [
+    *("GATConv", "GCNConv", "GINConv", "GINEConv", "SAGEConv"),
+    *("GraphClassifier", "ProjectedClassifier", "build_model"),
+]

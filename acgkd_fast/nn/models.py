@@ -10,7 +10,9 @@ from torch import nn
 from ..errors import InputError, check, check_choice, check_tensor
 from ..graphs import EdgeSample
 from ..propagate import readout
-from .conv import Edges, GCNConv, GINConv, as_edges
+from .adjacency import Edges, as_edges
+from .gcn_conv import GCNConv
+from .gin_conv import GINConv
 from .norm import BatchNormReLU
 
 READOUTS = ("sum", "mean", "max")

@@ -10,8 +10,8 @@ from torch import nn
 from ..errors import InputError, check, check_choice
 from ..graphs import EdgeSample
 from ..propagate import readout
-from .attention import GATConv
-from .conv import Edges
+from .adjacency import Edges
+from .gat_conv import GATConv
 from .models import READOUTS, GraphClassifier, batch_edges, build_model
 from .norm import BatchNormReLU
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..nn.conv import GCNConv, GINConv
+from ..nn.gcn_conv import GCNConv
+from ..nn.gin_conv import GINConv
 from ..nn.models import READOUTS, Block, GraphClassifier
 from ..nn.norm import BatchNormReLU
 from ..teachers import Teacher
@@ -75,7 +76,7 @@ def _is_plain(block: nn.Module) -> bool:
         return False
     conv = block.conv
     if type(conv) is GCNConv:
-        return conv.normalize and conv.add_self_loops
+        return conv.normalize and conv.add_self_loops and not (conv.improved or conv.cached)
     if type(conv) is not GINConv or not isinstance(conv.nn, nn.Sequential):
         return False
     kinds = [type(part) for part in conv.nn]

@@ -1,0 +1,361 @@
+"""The graph attention layer, with the interface of PyTorch Geometric and edge weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import dropout, leaky_relu
+
+from ..errors import InputError, check, check_choice
+from ..graphs import EdgeSample
+from .adjacency import Edges, SortedEdges, edge_list, entry_rows, revalued, sorted_edges
+from .gcn_conv import FLOWS, check_sum
+from .linear import make_linear
+from .messages import Ends, Entries, Nodes, Size, both_ends, check_square, neighbour_sum, reduce_messages
+
+# Slopes of absent edges are cut off where e^x is beyond any use; edges that are there stay below e^0.
+_STEEPEST = 30.0
+
+
+class GATConv(nn.Module):
+    """sum_j alpha_ij W x_j + b with attention alpha over the neighbours and the node itself.
+
+    Arguments, state-dict keys, initialisation and, without edge weights, results are those of
+    ``torch_geometric.nn.GATConv``, dropout under one seed included.
+
+    With edge weights w of at least 0 the attention is
+
+        alpha_ij = w_ij exp(e_ij) / sum_k w_ik exp(e_ik),    e_ij = leaky_relu(a_s W x_j + a_t W x_i + a_e W_e f_ij)
+
+    so that weight 0 is absence and weight 1 PyTorch Geometric. Self-loops that the layer adds have weight 1.
+
+    Args:
+        in_channels: width of the node features, or those of senders and receivers (with a W each); -1
+            takes it from the first call.
+        out_channels: width of the result per head.
+        heads: attention heads.
+        concat: put the heads side by side; else their mean is taken.
+        negative_slope: of the leaky rectifier.
+        dropout: probability that an alpha is set to 0 in training.
+        add_self_loops: exchange self-loops for one on every node.
+        edge_dim: width of edge features f, None for none.
+        fill_value: features of added self-loops: a number, a tensor, or "add", "mean", "min", "max" or
+            "mul" of those of the edges that arrive (weighted as their messages are).
+        bias: learn b.
+        residual: add a linear map of x_i.
+        aggr, flow, node_dim, decomposed_layers, aggr_kwargs: by name, see :class:`GCNConv`.
+
+    Gradients:
+        Parameters, `x`, edge features and edge weights, those of stored edges of weight 0 too. Absent
+        candidates that a sample does not store get none: the attention is no sum that could be had without
+        visiting them, so take ``estimator="sparse_straight_through"`` or "relaxed" where they matter.
+
+    Raises:
+        InputError: a width below 1, or an unknown aggregation or flow.
+
+    Source: Veličković et al., arXiv 1710.10903.
+    """
+
+    def __init__(
+        self,
+        in_channels: int | tuple[int, int],
+        out_channels: int,
+        heads: int = 1,
+        concat: bool = True,
+        negative_slope: float = 0.2,
+        dropout: float = 0.0,
+        add_self_loops: bool = True,
+        edge_dim: int | None = None,
+        fill_value: float | torch.Tensor | str = "mean",
+        bias: bool = True,
+        residual: bool = False,
+        *,
+        aggr: str = "add",
+        flow: str = "source_to_target",
+        node_dim: int = 0,
+        decomposed_layers: int = 1,
+        aggr_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        check_sum(aggr)
+        check_choice("flow", flow, FLOWS)
+        check(heads >= 1, "heads", "at least 1", heads)
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.heads = heads
+        self.concat = concat
+        self.negative_slope = negative_slope
+        self.dropout = dropout
+        self.add_self_loops = add_self_loops
+        self.edge_dim = edge_dim
+        self.fill_value = fill_value
+        self.residual = residual
+        self.aggr = aggr
+        self.flow = flow
+        width, total = heads * out_channels, out_channels * (heads if concat else 1)
+        self.lin = self.lin_src = self.lin_dst = None
+        if isinstance(in_channels, (tuple, list)):
+            self.lin_src = make_linear(in_channels[0], width, bias=False, glorot=True)
+            self.lin_dst = make_linear(in_channels[1], width, bias=False, glorot=True)
+        else:
+            self.lin = make_linear(in_channels, width, bias=False, glorot=True)
+        self.att_src = nn.Parameter(torch.empty(1, heads, out_channels))
+        self.att_dst = nn.Parameter(torch.empty(1, heads, out_channels))
+        self.att_edge = None if edge_dim is None else nn.Parameter(torch.empty(1, heads, out_channels))
+        self.lin_edge = None if edge_dim is None else make_linear(edge_dim, width, bias=False, glorot=True)
+        receivers = in_channels[1] if isinstance(in_channels, (tuple, list)) else in_channels
+        self.res = make_linear(receivers, total, bias=False, glorot=True) if residual else None
+        self.bias = nn.Parameter(torch.empty(total)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for lin in (self.lin, self.lin_src, self.lin_dst, self.lin_edge, self.res):
+            if lin is not None:
+                lin.reset_parameters()
+        for attention in (self.att_src, self.att_dst, self.att_edge):
+            if attention is not None:
+                # Fans as PyTorch Geometric counts them: the last two dimensions.
+                bound = (6.0 / (attention.shape[-2] + attention.shape[-1])) ** 0.5
+                nn.init.uniform_(attention, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(
+        self,
+        x: Nodes,
+        edge_index: Edges,
+        edge_attr: torch.Tensor | None = None,
+        size: Size = None,
+        return_attention_weights: bool | None = None,
+        edge_weight: torch.Tensor | None = None,
+    ) -> Any:
+        """One layer.
+
+        Args:
+            x: node features [N, F_in], or a pair of senders' and receivers'; the latter may be None.
+            edge_index: an EdgeSample, int64 [2, E] with sources first, or a sparse matrix whose rows receive;
+                the values of a matrix are weights, or features where there are several per entry.
+            edge_attr: [E, edge_dim], or [E] where that is 1.
+            size: (N_s, N_r), needed only for a pair without receivers.
+            return_attention_weights: return the attention too.
+            edge_weight: [E], only with an edge list; default ones.
+
+        Returns:
+            [N_r, heads * F_out] (or [N_r, F_out] without `concat`); with attention weights a pair of that and
+            (edge index [2, E'], alpha [E', heads]) with self-loops last; for a SparseTensor that is a
+            SparseTensor, for a torch.sparse matrix (COO matrix, alpha).
+
+        Raises:
+            InputError: features, edges or weights of the wrong form.
+        """
+        return attend(self, x, edge_index, edge_attr, size, return_attention_weights, edge_weight)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.in_channels}, {self.out_channels}, heads={self.heads})"
+
+
+@dataclass
+class _Neighbours:
+    """Edges without self-loops where the layer adds its own, in CSR order.
+
+    Attributes:
+        matrix: CSR over max(N_s, N_r) nodes.
+        entries: the same as messages.
+        made: what is known of the edge list; None for an EdgeSample.
+        index: [2, E], the edge list that the entries come from, in its order.
+    """
+
+    matrix: EdgeSample
+    entries: Entries
+    made: SortedEdges | None
+    index: torch.Tensor
+
+    def unsorted(self, entries: torch.Tensor) -> torch.Tensor:
+        return entries if self.made is None else self.made.unsorted(entries)
+
+    def sorted(self, listed: torch.Tensor) -> torch.Tensor:
+        return listed if self.made is None or self.made.order is None else listed[self.made.order]
+
+
+def attend(
+    layer: Any,
+    x: Nodes,
+    edges: Edges,
+    edge_attr: torch.Tensor | None = None,
+    size: Size = None,
+    return_attention_weights: bool | None = None,
+    edge_weight: torch.Tensor | None = None,
+) -> Any:
+    """A GAT layer, ours or PyTorch Geometric's by its attributes."""
+    ends = both_ends(x, size, layer.flow)
+    check(ends.senders.dim() == 2, "x", "features [N, F] (static graphs are not supported in GATConv)", ends.senders)
+    sent, received, residual = _transform(layer, x, ends)
+    around = _neighbours(layer, ends, edges, edge_attr, edge_weight)
+    loops = min(ends.senders.shape[0], ends.num_receivers) if layer.add_self_loops else 0
+    source = (sent * layer.att_src).sum(-1)
+    target = None if received is None else (received * layer.att_dst).sum(-1)
+    share, own, total = _attention(layer, source, target, around, loops, ends.num_receivers)
+
+    kept, kept_own = _dropped_out(layer, share, own, around)
+    matrices = revalued(around.matrix, kept.t().contiguous().unbind(), around.made)
+    heads = [neighbour_sum(h, m, ends.num_receivers) for h, m in zip(sent.unbind(1), matrices, strict=True)]
+    out = torch.stack(heads, dim=1)
+    if loops:
+        added = kept_own[..., None] * sent[:loops]
+        out = out + added if loops == out.shape[0] else torch.cat([out[:loops] + added, out[loops:]])
+    out = out / total[..., None]
+    out = out.flatten(1) if layer.concat else out.mean(dim=1)
+    out = out if residual is None else out + residual
+    out = out if layer.bias is None else out + layer.bias
+    if not return_attention_weights:
+        return out
+    alpha = torch.cat([around.unsorted(kept / total[around.entries.receiver]), kept_own / total[:loops]])
+    return out, _with_attention(edges, around.index, loops, alpha, ends)
+
+
+def _transform(layer: Any, x: Nodes, ends: Ends) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """W x of senders and receivers, [N, heads, F] each, and the residual."""
+
+    def split(h: torch.Tensor) -> torch.Tensor:
+        return h.view(-1, layer.heads, layer.out_channels)
+
+    residual = None if layer.res is None or ends.receivers is None else layer.res(ends.receivers)
+    if layer.lin is not None:
+        sent = split(layer.lin(ends.senders))
+        if isinstance(x, torch.Tensor):
+            return sent, sent, residual
+        return sent, None if ends.receivers is None else split(layer.lin(ends.receivers)), residual
+    sent = split(layer.lin_src(ends.senders))
+    return sent, None if ends.receivers is None else split(layer.lin_dst(ends.receivers)), residual
+
+
+def _neighbours(
+    layer: Any, ends: Ends, edges: Edges, edge_attr: torch.Tensor | None, edge_weight: torch.Tensor | None
+) -> _Neighbours:
+    if isinstance(edges, EdgeSample):
+        check_square(ends, edges, edge_weight)
+        row, col, value = entry_rows(edges), edges.col.long(), edges.value
+        if layer.add_self_loops and edges.has_self_loops():
+            value = value * (row != col)
+        index = torch.stack([col, row])
+        return _Neighbours(edges, Entries(col, row, value, _features(layer, edge_attr, len(row))), None, index)
+    given = edge_list(edges, edge_weight)
+    check(given.attr is None or edge_attr is None, "edge_attr", "None beside a matrix with features", edge_attr)
+    senders, receivers = ends.senders.shape[0], ends.num_receivers
+    made = sorted_edges(given.ends, senders, receivers, flow=layer.flow)
+    index, weight = given.ends, given.weight
+    attr = _features(layer, given.attr if edge_attr is None else edge_attr, index.shape[1])
+    if layer.add_self_loops and made.has_loops:
+        made = sorted_edges(index, senders, receivers, flow=layer.flow, loops=0)
+        assert made.kept is not None
+        index = index[:, made.kept]
+        weight, attr = (None if part is None else part[made.kept] for part in (weight, attr))
+    around = _Neighbours(made.sample(None, ends.senders.dtype), Entries(index, index, None, None), made, index)
+    weight, attr = (None if part is None else around.sorted(part) for part in (weight, attr))
+    around.entries = Entries(made.col.long(), entry_rows(around.matrix), weight, attr)
+    return around
+
+
+def _features(layer: Any, attr: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+    # As PyTorch Geometric, a layer without edge_dim does not look at them.
+    if attr is None or layer.lin_edge is None:
+        return None
+    check(isinstance(attr, torch.Tensor) and attr.shape[0] == rows, "edge_attr", f"{rows} rows", attr)
+    return attr[:, None] if attr.dim() == 1 else attr
+
+
+def _attention(
+    layer: Any,
+    source: torch.Tensor,
+    target: torch.Tensor | None,
+    around: _Neighbours,
+    loops: int,
+    num_receivers: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(w exp(e - m) [E, heads], the same of added self-loops [loops, heads], sums per receiver [N_r, heads])."""
+    sender, receiver, weight, attr = around.entries
+    e = source.index_select(0, sender)
+    own = source[:loops]
+    if target is not None:
+        e, own = e + target.index_select(0, receiver), own + target[:loops]
+    if attr is not None:
+        e = e + _edge_term(layer, attr)
+        own = own + _edge_term(layer, _loop_features(layer, around.entries, loops, num_receivers))
+    e, own = leaky_relu(e, layer.negative_slope), leaky_relu(own, layer.negative_slope)
+    highest = _highest(e.detach(), around, own.detach(), num_receivers)
+    share, own = e - highest[receiver], (own - highest[:loops]).exp()
+    share = share.exp() if weight is None else weight.to(e.dtype)[:, None] * share.clamp(max=_STEEPEST).exp()
+    total = share.new_zeros(num_receivers, layer.heads).index_add(0, receiver, share)
+    if loops:
+        total = torch.cat([total[:loops] + own, total[loops:]])
+    # Where nothing is, an edge of weight 1 would have all the attention: its slope there is that step.
+    return share, own, torch.where(total == 0, 1.0, total)
+
+
+def _highest(e: torch.Tensor, around: _Neighbours, own: torch.Tensor, num_receivers: int) -> torch.Tensor:
+    """The largest e of every receiver among edges that are there, else among all; 0 where there are none."""
+    receiver, weight = around.entries.receiver, around.entries.weight
+
+    def largest(values: torch.Tensor) -> torch.Tensor:
+        start = values.new_full((num_receivers, values.shape[1]), -torch.inf)
+        start[: own.shape[0]] = own
+        return start.scatter_reduce_(0, receiver[:, None].expand_as(values), values, "amax")
+
+    if weight is None:
+        highest = largest(e)
+    else:
+        highest = largest(e.masked_fill((weight.detach() == 0)[:, None], -torch.inf))
+        highest = torch.where(highest == -torch.inf, largest(e), highest)
+    return highest.masked_fill_(highest == -torch.inf, 0.0)
+
+
+def _edge_term(layer: Any, attr: torch.Tensor) -> torch.Tensor:
+    mapped = layer.lin_edge(attr).view(-1, layer.heads, layer.out_channels)
+    term: torch.Tensor = (mapped * layer.att_edge).sum(-1)
+    return term
+
+
+def _loop_features(layer: Any, entries: Entries, loops: int, num_receivers: int) -> torch.Tensor:
+    """Features of the self-loops that the layer adds, [loops, D]."""
+    fill, attr = layer.fill_value, entries.attr
+    assert attr is not None
+    if not isinstance(fill, str):
+        return torch.as_tensor(fill, dtype=attr.dtype, device=attr.device).expand(loops, attr.shape[1])
+    check_choice("fill_value", fill, ("add", "sum", "mean", "min", "max", "mul"))
+    ends = Ends(attr, None, num_receivers)
+    if fill == "mean":
+        ones = attr.new_ones(len(attr), 1)
+        total = reduce_messages(ones, ends, entries, "sum")
+        features = reduce_messages(attr, ends, entries, "sum") / torch.where(total == 0, 1.0, total)
+    elif fill == "mul":
+        if entries.weight is not None:
+            raise InputError("fill_value: expected add, mean, min or max with edge weights, got mul")
+        index = entries.receiver[:, None].expand_as(attr)
+        features = attr.new_ones(num_receivers, attr.shape[1]).scatter_reduce(0, index, attr, "prod")
+    else:
+        features = reduce_messages(attr, ends, entries, "sum" if fill in ("add", "sum") else fill)
+    return features[:loops]
+
+
+def _dropped_out(
+    layer: Any, share: torch.Tensor, own: torch.Tensor, around: _Neighbours
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not layer.training or layer.dropout == 0:
+        return share, own
+    # Drawn in the order in which PyTorch Geometric has edges and self-loops: one seed, one answer.
+    keep = dropout(share.new_ones(len(share) + len(own), layer.heads), layer.dropout)
+    return share * around.sorted(keep[: len(share)]), own * keep[len(share) :]
+
+
+def _with_attention(edges: Edges, index: torch.Tensor, loops: int, alpha: torch.Tensor, ends: Ends) -> Any:
+    own = torch.arange(loops, device=index.device, dtype=index.dtype).expand(2, -1)
+    index = torch.cat([index, own], dim=1)
+    if isinstance(edges, (EdgeSample, torch.Tensor)) and getattr(edges, "layout", None) in (None, torch.strided):
+        return index, alpha
+    shape = ends.num_receivers, ends.senders.shape[0]
+    if isinstance(edges, torch.Tensor):
+        return torch.sparse_coo_tensor(index.flip(0), alpha, (*shape, alpha.shape[1])), alpha
+    return type(edges)(row=index[1], col=index[0], value=alpha, sparse_sizes=shape)
