@@ -93,6 +93,4 @@ class GraphView:
         return GraphView(self._graphs.to(device))
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise InputError(f"graph: expected DGL to be installed, as the teacher uses its graph.{name}, got none")
+        raise AttributeError(f"graph: expected DGL to be installed, as the teacher uses its graph.{name}, got none")

@@ -96,7 +96,7 @@ def test_weight_zero_is_no_edge_and_unused_capacity_does_not_count():
     x = torch.randn(5, 2)
     edge_index = torch.tensor([[0, 1, 2, 3], [1, 0, 3, 2]])
     weight = torch.tensor([1.0, 1.0, 0.0, 0.0])
-    torch.testing.assert_close(layer(x, edge_index, weight), layer(x, edge_index[:, :2]))
+    torch.testing.assert_close(layer(x, edge_index, edge_weight=weight), layer(x, edge_index[:, :2]))
     layout = PairLayout.complete([5])
     logits = torch.randn(layout.num_pairs)
     exact = sample_edges(logits, layout, seed=1)

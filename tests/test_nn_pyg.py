@@ -321,6 +321,7 @@ def test_hooks_on_a_linear_map_see_its_own_input():
         (lambda: SAGEConv(-1, 3, project=True), "does not support lazy initialization"),
         (lambda: GATConv(4, 3, flow="sideways"), "flow: expected one of"),
         (lambda: GATConv(4, 3, heads=0), "heads: expected at least 1"),
+        (lambda: GATConv(4, 3)(torch.zeros(4, 4), EDGE_INDEX, torch.ones(6)), "edge_attr: expected None in a layer"),
         (lambda: SAGEConv(4, 3)(torch.zeros(4, 4), EDGE_INDEX + 2), "edge_index: expected senders .* 0..3"),
         (lambda: SAGEConv(4, 3, aggr="max")(torch.zeros(4, 4), EDGE_INDEX + 2), "edge_index: expected senders"),
         (lambda: GATConv(4, 3)(torch.zeros(4, 4), EDGE_INDEX - 1), "edge_index: expected senders"),

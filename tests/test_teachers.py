@@ -73,20 +73,56 @@ class TakesEdges(Base):
         return self.answer(x, edges, batch)
 
 
+class KeywordsInAnyOrder(Base):
+    def forward(self, *, batch_index, features, edge_index, edge_weights):
+        return self.answer(features, edge_index, batch_index, edge_weights)
+
+
+class PositionsOnly(Base):
+    def forward(self, edge_index, x, batch, num_graphs, /):
+        assert num_graphs == int(batch.max()) + 1
+        return self.answer(x, edge_index, batch)
+
+
+class GraphFirst(Base):
+    """As DGL's models are called; the weights lie on the graph."""
+
+    def forward(self, g, feat):
+        batch = torch.arange(g.batch_size).repeat_interleave(g.batch_num_nodes())
+        return self.answer(feat, torch.stack(g.edges()), batch, g.edata["weight"])
+
+
+class GraphAndWeight(Base):
+    def forward(self, graph, x, edge_weight=None):
+        batch = torch.arange(graph.batch_size).repeat_interleave(graph.batch_num_nodes())
+        return self.answer(x, torch.stack(graph.edges()), batch, edge_weight)
+
+
+class Padded(Base):
+    """The same layer on a dense batch, as DiffPool and other dense models are called."""
+
+    def forward(self, x, adj, mask):
+        full = adj + torch.eye(adj.shape[-1])
+        scale = full.sum(-1, keepdim=True).rsqrt()
+        h = scale * full @ (scale * self.conv.lin(x)) + self.conv.bias
+        h = self.norm(h.transpose(1, 2)).transpose(1, 2).relu()
+        return self.linear((h * mask[:, :, None]).sum(1))
+
+
 class Unknown(Base):
     def forward(self, graph, features):
         return self.answer(features, graph, torch.zeros(len(features)).long())
 
 
 class Adjacency(nn.Module):
-    """Dense: (x [B, n, F], adjacency [B, n, n], mask)."""
+    """Dense: (x [B, n, F], adjacency [B, n, n], mask), in one argument too many."""
 
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(4, 3)
 
-    def forward(self, x, adjacency, mask):
-        return (self.linear(x + adjacency @ x) * mask[:, :, None]).sum(1)
+    def forward(self, x, adjacency, mask, scale):
+        return (self.linear(x + scale * adjacency @ x) * mask[:, :, None]).sum(1)
 
 
 FORMS = [
@@ -97,6 +133,11 @@ FORMS = [
     (PyGData, False),
     (PyGDataWithWeights, True),
     (TakesEdges, True),
+    (KeywordsInAnyOrder, True),
+    (PositionsOnly, False),
+    (GraphFirst, True),
+    (GraphAndWeight, True),
+    (Padded, True),
 ]
 
 
@@ -145,12 +186,12 @@ def test_an_adapter_serves_any_other_form():
     graphs = hard_graphs()
     module = Adjacency()
     with pytest.raises(
-        InputError, match=r"got forward\(x, adjacency, mask\) of Adjacency; give an adapter such as call="
+        InputError, match=r"got forward\(x, adjacency, mask, scale\) of Adjacency; give an adapter such as call="
     ):
         as_teacher(module)
-    teacher = as_teacher(module, call=lambda module, graphs: module(*graphs.to_dense()))
+    teacher = as_teacher(module, call=lambda module, graphs: module(*graphs.to_dense(), 1.0))
     assert (teacher.num_features, teacher.num_classes, teacher.accepts_edge_weight) == (4, 3, True)
-    torch.testing.assert_close(teacher(graphs), module(*graphs.to_dense()))
+    torch.testing.assert_close(teacher(graphs), module(*graphs.to_dense(), 1.0))
     with pytest.raises(InputError, match=r"forward\(graph, features\) of Unknown"):
         as_teacher(Unknown())
 

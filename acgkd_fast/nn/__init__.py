@@ -8,6 +8,12 @@ from .projected import ProjectedClassifier
 from .sage_conv import SAGEConv
 
 __all__ = [
-    *("GATConv", "GCNConv", "GINConv", "GINEConv", "SAGEConv"),
-    *("GraphClassifier", "ProjectedClassifier", "build_model"),
+    "GATConv",
+    "GCNConv",
+    "GINConv",
+    "GINEConv",
+    "GraphClassifier",
+    "ProjectedClassifier",
+    "SAGEConv",
+    "build_model",
 ]

@@ -151,6 +151,10 @@ class GATConv(nn.Module):
         Raises:
             InputError: features, edges or weights of the wrong form.
         """
+        if edge_attr is not None and self.edge_dim is None:
+            raise InputError(
+                "edge_attr: expected None in a layer without edge_dim (weights go to edge_weight), got one"
+            )
         return attend(self, x, edge_index, edge_attr, size, return_attention_weights, edge_weight)
 
     def __repr__(self) -> str:

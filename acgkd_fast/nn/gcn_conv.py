@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InputError, check, check_choice, check_tensor
+from ..errors import InputError, check, check_choice
 from ..graphs import EdgeSample
 from ..propagate import gcn_propagate, gin_propagate
 from .adjacency import EdgeList, Edges, check_sample, edge_list, entry_rows, sorted_edges
 from .linear import commutes, linear, make_linear, widens
+from .messages import check_features
 
 FLOWS = ("source_to_target", "target_to_source")
 
@@ -118,15 +119,6 @@ class GCNConv(nn.Module):
 
 def check_sum(aggr: Any) -> None:
     check(aggr in ("add", "sum"), "aggr", "add or sum (other aggregations: SAGEConv, or torch_geometric's layer)", aggr)
-
-
-def check_features(name: str, x: Any, width: int) -> None:
-    """Raise InputError unless `x` is [..., N, width]; a width of -1 stands for any."""
-    check(isinstance(x, torch.Tensor), name, "a torch.Tensor", x)
-    if x.dim() == 2 or x.dim() < 2:
-        check_tensor(name, x, shape=(None, None if width == -1 else width))
-    else:
-        check(width in (-1, x.shape[-1]), name, f"a tensor of shape (..., any, {width})", x)
 
 
 def convolve(layer: Any, x: torch.Tensor, edges: Edges, edge_weight: torch.Tensor | None) -> torch.Tensor:

@@ -65,6 +65,23 @@ def both_ends(x: Nodes, size: Size, flow: str) -> Ends:
     return ends
 
 
+def check_widths(x: Nodes, in_channels: int | tuple[int, int]) -> None:
+    """Raise InputError unless features have a layer's widths; -1 stands for any."""
+    widths = in_channels if isinstance(in_channels, (tuple, list)) else (in_channels, in_channels)
+    for part, width in zip(x if isinstance(x, (tuple, list)) else (x, x), widths, strict=False):
+        if part is not None:
+            check_features("x", part, width)
+
+
+def check_features(name: str, x: Any, width: int) -> None:
+    """Raise InputError unless `x` is [..., N, width]; a width of -1 stands for any."""
+    check(isinstance(x, torch.Tensor), name, "a torch.Tensor", x)
+    if x.dim() <= 2:
+        check_tensor(name, x, shape=(None, None if width == -1 else width))
+    else:
+        check(width in (-1, x.shape[-1]), name, f"a tensor of shape (..., any, {width})", x)
+
+
 def split_size(edge_weight: Any, size: Size) -> tuple[torch.Tensor | None, Size]:
     """PyTorch Geometric has the size where we have the edge weight; a tuple can only be the former."""
     if isinstance(edge_weight, (tuple, list)):

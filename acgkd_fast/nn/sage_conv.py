@@ -16,6 +16,7 @@ from .messages import (
     Nodes,
     Size,
     both_ends,
+    check_widths,
     entries_of,
     gather,
     matrix,
@@ -126,6 +127,7 @@ class SAGEConv(nn.Module):
         Raises:
             InputError: features, edges or weights of the wrong form.
         """
+        check_widths(x, self.in_channels)
         weight, size = split_size(edge_weight, size)
         return sample_and_aggregate(self, x, edge_index, weight, size)
 

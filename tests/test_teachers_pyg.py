@@ -1,0 +1,159 @@
+"""Teachers of PyTorch Geometric's ready-made models: accelerated, with gradients for edges, and distilled."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from helpers import normal, random_edges
+from torch import nn
+
+import acgkd_fast as af
+from acgkd_fast.data import house_or_cycle, stratified_split
+from acgkd_fast.graph_view import GraphView
+from acgkd_fast.teachers import as_teacher, evaluate
+
+pyg = pytest.importorskip("torch_geometric.nn")
+from torch_geometric.nn.models import GAT, GCN, GIN, GraphSAGE  # noqa: E402
+
+KINDS = {"GCN": GCN, "GIN": GIN, "GraphSAGE": GraphSAGE, "GAT": GAT}
+
+
+class WithHead(nn.Module):
+    """A model of theirs, pooling, and a linear head: what their tutorial makes of it."""
+
+    def __init__(self, kind, features=4, width=8, classes=3):
+        super().__init__()
+        self.gnn = KINDS[kind](features, width, 2, norm="batch_norm")
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x, edge_index, batch):
+        return self.head(pyg.global_add_pool(self.gnn(x, edge_index), batch))
+
+
+class OnData(WithHead):
+    def forward(self, data):
+        return super().forward(data.x, data.edge_index, data.batch)
+
+
+class AsksTheList(WithHead):
+    def forward(self, x, edge_index, batch):
+        assert edge_index.shape[0] == 2
+        return super().forward(x, edge_index, batch)
+
+
+def graphs():
+    edges, _ = random_edges([5, 1, 7], symmetric=True, seed=0, dtype=torch.float32)
+    edges = edges.with_value(torch.ones_like(edges.value).detach(), symmetric=True)
+    return af.GraphBatch(normal((13, 4), 0, torch.float32), edges, torch.arange(3) % 2)
+
+
+@pytest.mark.parametrize("form", [WithHead, OnData])
+@pytest.mark.parametrize("kind", KINDS)
+def test_accelerated_teachers_answer_the_same_and_have_edge_gradients(kind, form):
+    torch.manual_seed(0)
+    module, batch = form(kind), graphs()
+    plain = as_teacher(module)
+    expected = plain(batch)
+    assert not plain.accepts_edge_weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teacher = as_teacher(af.accelerate(module))
+    assert (
+        teacher.accepts_edge_weight and teacher.module is module and len(teacher.batch_norms) == 1 + (kind == "GIN") * 2
+    )
+    torch.testing.assert_close(teacher(batch), expected, rtol=1e-5, atol=1e-5)
+
+    value = torch.full_like(batch.edges.value, 0.7).requires_grad_()
+    soft = af.GraphBatch(batch.x, batch.edges.with_value(value))
+    teacher(soft).square().sum().backward()
+    assert value.grad.isfinite().all() and (value.grad != 0).any()
+    # By differences: what a weight is to these layers is defined by us, so ask the numbers.
+    with torch.no_grad():
+        step = torch.zeros_like(value)
+        step[3] = 1e-2
+        ends = [
+            teacher(af.GraphBatch(batch.x, batch.edges.with_value(value + s))).square().sum() for s in (step, -step)
+        ]
+    torch.testing.assert_close(value.grad[3], (ends[0] - ends[1]) / 2e-2, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learned_edges_get_a_gradient_through_teachers_we_did_not_write(kind):
+    torch.manual_seed(0)
+    teacher = as_teacher(af.accelerate(WithHead(kind)))
+    layout = af.PairLayout.complete([5, 8])
+    logits = normal(layout.num_pairs, 0, torch.float32).requires_grad_()
+    edges = af.sample_edges(logits, layout, seed=0)
+    logits_out = teacher(af.GraphBatch(normal((13, 4), 0, torch.float32), edges))
+    nn.functional.cross_entropy(logits_out, torch.tensor([0, 1])).backward()
+    drawn = torch.zeros(layout.num_pairs, dtype=torch.bool).index_fill(0, edges.pair, True)
+    assert (logits.grad[drawn] != 0).any()
+    # All but the softmax of GAT give absent candidates theirs too.
+    assert bool((logits.grad[~drawn] != 0).any()) is (kind != "GAT")
+
+
+def test_a_model_that_asks_the_edge_list_is_called_as_before():
+    module, batch = AsksTheList("GIN"), graphs()
+    expected = as_teacher(module)(batch)
+    af.accelerate(module)
+    with pytest.warns(RuntimeWarning, match="AsksTheList does not pass an EdgeSample on .*'EdgeSample' object has no"):
+        teacher = as_teacher(module)
+    assert not teacher.accepts_edge_weight
+    torch.testing.assert_close(teacher(batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_is_left_alone():
+    module = af.accelerate(WithHead("GIN"))
+    teacher = as_teacher(module, call=lambda module, graphs: module(graphs.x, graphs.edges, graphs.batch()))
+    assert teacher.accepts_edge_weight and teacher.has_adapter
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ten_lines_on_models_we_did_not_write(kind):
+    """The example of the README, in small: teach one of theirs, drop the data, refine, distil."""
+    torch.manual_seed(0)
+    data = house_or_cycle(24)
+    seen, held_out = (data.graphs.select(part) for part in stratified_split(data.graphs.y, seed=0))
+    model = WithHead(kind, features=1, width=6, classes=2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(seen.x, seen.to_edge_index()[0], seen.batch()), seen.y).backward()
+        optimizer.step()
+
+    teacher = af.as_teacher(af.accelerate(model))
+    prior = af.GraphPrior(min_nodes=8, max_nodes=12, mean_degree=2.05, feature_kind="constant")
+    start = af.start_graphs(teacher, prior, num_graphs=12, seed=0)
+    pool = af.refine(start, teacher, steps=5, seed=0).graphs
+    student = af.distill_student(teacher, pool, "gcn3-8", af.StudentSettings(epochs=2))
+    scores = evaluate(student, held_out)
+    assert scores["num_graphs"] == held_out.num_graphs and 0 <= scores["accuracy"] <= 1
+    assert pool.num_graphs == 12 and teacher(pool).shape == (12, 2)
+
+
+# The view that stands in for a DGL graph.
+
+
+def test_graph_view_tells_what_dgl_would():
+    batch = graphs()
+    view = GraphView(batch)
+    source, target = view.edges()
+    assert view.num_nodes() == view.number_of_nodes() == 13 and view.num_edges() == view.number_of_edges() == len(
+        source
+    )
+    assert view.batch_num_nodes().tolist() == [5, 1, 7] and int(view.batch_num_edges().sum()) == len(source)
+    assert view.in_degrees().tolist() == torch.bincount(target, minlength=13).tolist()
+    assert view.out_degrees().tolist() == torch.bincount(source, minlength=13).tolist()
+    assert view.batch_size == 3 and view.device == batch.x.device and view.to("cpu").num_nodes() == 13
+    with view.local_scope():
+        view.ndata["h"] = batch.x
+        view.local_var().edata["e"] = source
+    assert set(view.ndata) == {"attr"} and set(view.edata) == {"weight"}
+    with pytest.raises(
+        AttributeError, match=r"expected DGL to be installed, as the teacher uses its graph\.update_all"
+    ):
+        view.update_all(None, None)
+    assert not hasattr(view, "ntypes")
