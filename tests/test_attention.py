@@ -108,7 +108,7 @@ def test_weight_zero_is_no_edge_and_unused_capacity_does_not_count():
     ("name", "arguments"), [("in_channels", (0, 2, 1)), ("out_channels", (2, 0, 1)), ("heads", (2, 2, 0))]
 )
 def test_widths_that_cannot_be(name, arguments):
-    with pytest.raises(InputError, match=f"{name}: expected at least 1, got 0"):
+    with pytest.raises(InputError, match=f"{name}: expected at least 1.*, got 0"):
         GATConv(*arguments[:2], heads=arguments[2])
     with pytest.raises(InputError, match="x: expected a tensor of shape"):
         GATConv(3, 2)(torch.zeros(2, 4), torch.empty(2, 0, dtype=torch.int64))

@@ -14,7 +14,7 @@ from ..graphs import EdgeSample
 from .adjacency import Edges, SortedEdges, edge_list, entry_rows, revalued, sorted_edges
 from .gcn_conv import FLOWS, check_sum
 from .linear import make_linear
-from .messages import Ends, Entries, Nodes, Size, both_ends, check_square, neighbour_sum, reduce_messages
+from .messages import Ends, Entries, Nodes, Size, both_ends, check_square, check_widths, neighbour_sum, reduce_messages
 
 # Slopes of absent edges are cut off where e^x is beyond any use; edges that are there stay below e^0.
 _STEEPEST = 30.0
@@ -152,9 +152,8 @@ class GATConv(nn.Module):
             InputError: features, edges or weights of the wrong form.
         """
         if edge_attr is not None and self.edge_dim is None:
-            raise InputError(
-                "edge_attr: expected None in a layer without edge_dim (weights go to edge_weight), got one"
-            )
+            raise InputError("edge_attr: expected None in a layer without edge_dim (weights go to edge_weight)")
+        check_widths(x, self.in_channels)
         return attend(self, x, edge_index, edge_attr, size, return_attention_weights, edge_weight)
 
     def __repr__(self) -> str:
