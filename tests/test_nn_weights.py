@@ -272,6 +272,18 @@ def test_inference_mode_remembers_nothing_and_works():
         torch.testing.assert_close(out, layer(x.clone(), torch.tensor([[1, 1, 0], [0, 2, 1]])), **CLOSE)
 
 
+def test_what_inference_mode_sorted_serves_training():
+    edge_index, x = torch.tensor([[2, 1, 0, 0], [0, 2, 1, 0]]), normal((3, 3), 0)
+    weight = torch.rand(4, dtype=x.dtype)
+    with torch.inference_mode():
+        for layer in LAYERS.values():
+            run(layer, x, edge_index), run(layer, x, edge_index, weight)
+    for layer in LAYERS.values():
+        leaf = weight.clone().requires_grad_()
+        (run(layer, x, edge_index).sum() + run(layer, x, edge_index, leaf).sum()).backward()
+        assert leaf.grad is not None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LAYERS)
 def test_narrow_types(name, dtype):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -19,6 +19,15 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Edges remembered at most (about 40 bytes each); one list is always remembered, however long.
 _CAPACITY = 4_000_000
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _untraced(function: Function) -> Function:
+    """What looks at node numbers on the host is run by torch.compile as it is, between two graphs."""
+    disabled: Function = torch.compiler.disable(function)
+    return disabled
 
 
 class EdgeList(NamedTuple):
@@ -81,11 +90,13 @@ class SortedEdges:
     def num_edges(self) -> int:
         return self.col.numel()
 
+    @_untraced
     def sample(self, weight: torch.Tensor | None, dtype: torch.dtype) -> EdgeSample:
         """The matrix with weights [E] in the order of the list (behind it those of appended self-loops), or ones."""
         if weight is None:
             if dtype not in self._plain:
-                self._plain[dtype] = self._ones(dtype)
+                with torch.inference_mode(False):
+                    self._plain[dtype] = self._ones(dtype)
             return self._plain[dtype]
         return self._filled(weight if self.order is None else weight.index_select(0, self.order))
 
@@ -103,10 +114,12 @@ class SortedEdges:
         sample._transposed = self.transposed()
         return sample
 
+    @_untraced
     def transposed(self) -> Transposed:
         """CSR of the transpose, see :meth:`EdgeSample.transposed`; never the short form of a symmetric matrix."""
         if self._transposed is None:
-            self._transposed = EdgeSample(self.rowptr, self.col, self.col, self._ptr, False).transposed()
+            with torch.inference_mode(False):
+                self._transposed = EdgeSample(self.rowptr, self.col, self.col, self._ptr, False).transposed()
         return self._transposed
 
     def unsorted(self, entries: torch.Tensor) -> torch.Tensor:
@@ -128,6 +141,7 @@ def revalued(edges: EdgeSample, values: Sequence[torch.Tensor], made: SortedEdge
 _cache: OrderedDict[int, tuple[weakref.ref[torch.Tensor], int, dict[Any, Any]]] = OrderedDict()
 
 
+@_untraced
 def sorted_edges(
     index: torch.Tensor,
     num_senders: int,
@@ -148,6 +162,8 @@ def sorted_edges(
         flow: "source_to_target", or "target_to_source" to exchange the rows.
         loops: take self-loops out and append one for each of the first `loops` nodes.
 
+    No view of the list is kept, which would keep it alive.
+
     Raises:
         InputError: no integers [2, E], or node numbers out of range.
     """
@@ -158,16 +174,17 @@ def sorted_edges(
     made = _remembered(index)
     if made is not None and what in made:
         return made[what]
-    # A plain tensor, as views of a subclass would be of that subclass; and no view of the list may be kept,
-    # which would keep it alive.
-    plain = index.as_subclass(torch.Tensor)
-    result = SortedEdges(plain if flow == "source_to_target" else plain.flip(0), num_senders, num_receivers, loops)
+    # What inference mode makes could not be used in a training step later.
+    with torch.inference_mode(False):
+        ends = index if flow == "source_to_target" else index.flip(0)
+        result = SortedEdges(ends, num_senders, num_receivers, loops)
     if made is not None:
         made[what] = result
         _make_room()
     return result
 
 
+@_untraced
 def offsets(index: torch.Tensor, groups: int) -> torch.Tensor | None:
     """int64 [groups + 1], where each group begins in a vector of group numbers; None if it is not ascending.
 
@@ -177,10 +194,11 @@ def offsets(index: torch.Tensor, groups: int) -> torch.Tensor | None:
     if known is not None and groups in known:
         found: torch.Tensor | None = known[groups]
         return found
-    ascending = bool((index[1:] >= index[:-1]).all())
-    inside = index.numel() == 0 or (int(index[0]) >= 0 and int(index[-1]) < groups)
-    bounds = torch.arange(groups + 1, device=index.device, dtype=index.dtype)
-    found = torch.searchsorted(index.contiguous(), bounds) if ascending and inside else None
+    with torch.inference_mode(False):
+        ascending = bool((index[1:] >= index[:-1]).all())
+        inside = index.numel() == 0 or (int(index[0]) >= 0 and int(index[-1]) < groups)
+        bounds = torch.arange(groups + 1, device=index.device, dtype=index.dtype)
+        found = torch.searchsorted(index.contiguous(), bounds) if ascending and inside else None
     if known is not None:
         known[groups] = found
         _make_room()
