@@ -93,12 +93,13 @@ class SortedEdges:
     @_untraced
     def sample(self, weight: torch.Tensor | None, dtype: torch.dtype) -> EdgeSample:
         """The matrix with weights [E] in the order of the list (behind it those of appended self-loops), or ones."""
-        if weight is None:
-            if dtype not in self._plain:
-                with torch.inference_mode(False):
-                    self._plain[dtype] = self._ones(dtype)
-            return self._plain[dtype]
-        return self._filled(weight if self.order is None else weight.index_select(0, self.order))
+        if weight is not None:
+            return self._filled(weight if self.order is None else weight.index_select(0, self.order))
+        if not torch.is_grad_enabled():
+            return self._filled(torch.ones(self.num_edges, dtype=dtype, device=self.col.device))
+        if dtype not in self._plain:
+            self._plain[dtype] = self._ones(dtype)
+        return self._plain[dtype]
 
     def _ones(self, dtype: torch.dtype) -> EdgeSample:
         value = torch.ones(self.num_edges, dtype=dtype, device=self.col.device)
@@ -110,16 +111,18 @@ class SortedEdges:
         return sample if self._is_symmetric else self._filled(value)
 
     def _filled(self, value: torch.Tensor) -> EdgeSample:
-        sample = EdgeSample(self.rowptr, self.col, value, self._ptr, False)
-        sample._transposed = self.transposed()
+        # Whether a matrix is symmetric matters to the way back alone, and so does its transpose.
+        forward_only = not torch.is_grad_enabled()
+        sample = EdgeSample(self.rowptr, self.col, value, self._ptr, forward_only)
+        if not forward_only:
+            sample._transposed = self.transposed()
         return sample
 
     @_untraced
     def transposed(self) -> Transposed:
         """CSR of the transpose, see :meth:`EdgeSample.transposed`; never the short form of a symmetric matrix."""
         if self._transposed is None:
-            with torch.inference_mode(False):
-                self._transposed = EdgeSample(self.rowptr, self.col, self.col, self._ptr, False).transposed()
+            self._transposed = EdgeSample(self.rowptr, self.col, self.col, self._ptr, False).transposed()
         return self._transposed
 
     def unsorted(self, entries: torch.Tensor) -> torch.Tensor:
@@ -131,7 +134,10 @@ class SortedEdges:
 
 def revalued(edges: EdgeSample, values: Sequence[torch.Tensor], made: SortedEdges | None = None) -> list[EdgeSample]:
     """The same structure with several sets of weights, in the order of the entries; transposed once for all."""
-    samples = [edges.with_value(value) for value in values]
+    forward_only = not torch.is_grad_enabled()
+    samples = [edges.with_value(value, symmetric=forward_only) for value in values]
+    if forward_only:
+        return samples
     transposed = made.transposed() if made is not None else samples[0].transposed()
     for sample in samples:
         sample._transposed = transposed
