@@ -13,6 +13,7 @@ from ..errors import InputError, check, is_integer
 # Widths for which MKL's product of a tall matrix and a narrow one takes up to three times as long as its transpose's.
 _NARROW = range(2, 17)
 
+
 class Linear(nn.Linear):
     """torch.nn.Linear that can draw its weights by Glorot's rule."""
 
