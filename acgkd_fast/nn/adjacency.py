@@ -302,7 +302,9 @@ def check_sample(x: torch.Tensor, edges: EdgeSample, edge_weight: torch.Tensor |
     """Raise InputError where an EdgeSample comes with weights, or with other nodes than `x` [N, ...] has."""
     if edge_weight is not None:
         raise InputError("edge_weight: expected None beside an EdgeSample, which holds its own (edges.with_value)")
-    check(edges.num_nodes == x.shape[0], "x", f"features of {edges.num_nodes} nodes (the EdgeSample's)", x)
+    # A message made in advance would tie a compiled graph to this number of nodes.
+    if edges.num_nodes != x.shape[0]:
+        raise fail("x", f"features of {edges.num_nodes} nodes (the EdgeSample's)", x)
 
 
 def entry_rows(edges: EdgeSample) -> torch.Tensor:

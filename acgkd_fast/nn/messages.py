@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import InputError, check, check_tensor
+from ..errors import InputError, check, check_tensor, fail
 from ..graphs import EdgeSample
 from ..propagate import gin_propagate
 from .adjacency import EdgeList, Edges, check_range, check_sample, edge_list, entry_rows, sorted_edges
@@ -107,7 +107,8 @@ def check_weights_only(given: EdgeList) -> None:
 
 def check_square(ends: Ends, edges: EdgeSample, edge_weight: torch.Tensor | None) -> None:
     check_sample(ends.senders.movedim(-2, 0), edges, edge_weight)
-    check(ends.num_receivers == edges.num_nodes, "x", f"{edges.num_nodes} receivers (the EdgeSample's)", ends[1])
+    if ends.num_receivers != edges.num_nodes:
+        raise fail("x", f"{edges.num_nodes} receivers (the EdgeSample's)", ends.receivers)
 
 
 def neighbour_sum(x: torch.Tensor, edges: EdgeSample, num_receivers: int) -> torch.Tensor:
@@ -143,7 +144,8 @@ def entries_of(
     if found.attr is not None:
         check_tensor("edge_attr", found.attr, device=found.sender.device)
         rows = len(found.sender)
-        check(found.attr.dim() >= 1 and found.attr.shape[0] == rows, "edge_attr", f"{rows} rows", found.attr)
+        if found.attr.dim() < 1 or found.attr.shape[0] != rows:
+            raise fail("edge_attr", f"{rows} rows", found.attr)
     return found
 
 
