@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from bench_edges_gpu import allowed_mismatches, bytes_moved, check_ours, check_peer, leaf_of
+from edges_peers import PEERS, Problem, ours
+from shapes import REAL
 
 import acgkd_fast.edges  # noqa: F401  declares the operators
 from acgkd_fast import PairLayout, _library
@@ -134,6 +137,48 @@ def test_sample_edges_backward(shape, estimator, device, contest):
         backend=_library.backend("sample_edges_backward", device),
         pairs=len(timed[4]),
         edges=len(timed[0]),
+    )
+
+
+# Sigmoid and its slope, noise and comparison: about 40 operations of a pair in forward and backward together, the ten
+# rounds of Philox (4 pairs at a time) not counted.
+FLOP_PER_PAIR = 40
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_draw_and_gradient(name, contest):
+    """From logits to edges and back, with a gradient for every candidate, as users would otherwise write it."""
+    shape = REAL[name]
+    problem = Problem.make(shape.graphs, shape.nodes, shape.density, torch.device("cpu"), dense=True)
+    gate = check_ours(problem)
+    # One seed gives one sample, so its entries have one gradient; peers get ones.
+    entries = gate["pull"][gate["sample"].pair.clamp(min=0)]
+
+    def draw_and_pull() -> torch.Tensor:
+        sample = ours(problem)
+        return torch.autograd.grad((sample.value, sample.port), problem.logits, (entries, gate["pull"]))[0]
+
+    def peer(way: Any) -> Any:
+        result, wrong = check_peer(way, problem, gate)
+        assert wrong <= allowed_mismatches(problem), f"{wrong} edges differ"
+        grad, leaf = torch.ones_like(result), leaf_of(way, problem)
+
+        def run() -> torch.Tensor:
+            drawn = way(problem)
+            return torch.autograd.grad(drawn, leaf, grad if drawn.shape == grad.shape else torch.ones_like(drawn))[0]
+
+        return run
+
+    moved = sum(bytes_moved(shape.pairs, shape.graphs * shape.nodes, gate["sample"].num_edges).values())
+    contest(
+        {"ours": draw_and_pull, **{label: peer(way) for label, way in PEERS.items()}},
+        least=3,
+        moved=moved,
+        flop=FLOP_PER_PAIR * shape.pairs,
+        shape=shape.label,
+        operator="sample_edges and gradient",
+        pairs=shape.pairs,
+        edges=gate["sample"].num_edges,
     )
 
 

@@ -143,6 +143,25 @@ def measure_ours(
     return found
 
 
+def allowed_mismatches(problem: Problem) -> float:
+    return max(2.0, MISMATCHES * problem.layout.num_pairs)
+
+
+def leaf_of(way: Callable[..., torch.Tensor], problem: Problem) -> torch.Tensor:
+    """The logits that a peer differentiates."""
+    return problem.logits if way is eager_to_csr else problem.dense_logits
+
+
+def check_peer(way: Callable[..., torch.Tensor], problem: Problem, gate: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    """(a peer's result for the uniforms of our draw, how many edges of it are not ours)."""
+    if way is eager_to_csr:
+        result = way(problem, gate["u"])
+        return result, abs(result.numel() - 2 * int(gate["drawn"].sum()))
+    result = way(problem, expand(gate["u"], problem.batch, problem.nodes, fill=0.5))
+    drawn = expand(gate["drawn"].float(), problem.batch, problem.nodes, fill=0.0)
+    return result, int((result.detach().tril(-1).round() != drawn).sum())
+
+
 def measure_peer(
     way: Callable[..., torch.Tensor],
     problem: Problem,
@@ -150,18 +169,11 @@ def measure_peer(
     device: torch.device,
     flush: torch.Tensor | None,
 ) -> dict[str, Any]:
-    sparse = way is eager_to_csr
-    u = gate["u"] if sparse else expand(gate["u"], problem.batch, problem.nodes, fill=0.5)
-    result = way(problem, u)
-    if sparse:
-        wrong = abs(result.numel() - 2 * int(gate["drawn"].sum()))
-    else:
-        drawn = expand(gate["drawn"].float(), problem.batch, problem.nodes, fill=0.0)
-        wrong = int((result.detach().tril(-1).round() != drawn).sum())
-    if wrong > max(2, MISMATCHES * problem.layout.num_pairs):
+    result, wrong = check_peer(way, problem, gate)
+    if wrong > allowed_mismatches(problem):
         return {"refused": f"disagrees on {wrong} edges"}
     pull = torch.randn_like(result)
-    leaf = problem.logits if sparse else problem.dense_logits
+    leaf = leaf_of(way, problem)
     return {
         "forward": device_times(lambda: way(problem), device, flush),
         "backward": device_times(lambda: torch.autograd.grad(result, leaf, pull, retain_graph=True), device, flush),

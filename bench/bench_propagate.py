@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bench_propagate_gpu import DENSITIES, TOLERANCE, Problem, Size
+from propagate_peers import available
+from shapes import REAL
 
 import acgkd_fast as af
 from acgkd_fast import EdgeSample, _library
@@ -15,6 +18,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Molecules of MUTAG have 18 nodes and 20 bonds on average; the dense batch is what an untrained sampler emits.
 SHAPES = {"MUTAG": (131, 1.1), "dense": (131, 6.0)}
 WIDTHS = (7, 64)
+DENSITIES |= {name: (shape.density, shape.hubs) for name, shape in REAL.items()}
+MAX_DENSE = 2**26
 
 
 @functools.cache
@@ -116,6 +121,52 @@ def test_forward_and_backward(shape, layer, width, device, contest):
         backend=_library.backend(f"{layer}_propagate", device),
         nodes=edges.num_nodes,
         edges=edges.num_edges,
+        width=width,
+    )
+
+
+@functools.cache
+def compiled_peer() -> Callable:
+    """One for all shapes, so that it is compiled once for general sizes."""
+    return available(64, torch.device("cpu"), compile_naive=True)[0]["torch.compile"]
+
+
+@pytest.mark.parametrize("width", [16, 64, 256])
+@pytest.mark.parametrize("name", REAL)
+def test_peers(name, width, contest):
+    """One GCN layer on freshly drawn edges, forward and backward; formats that a peer needs are built in the call."""
+    shape = REAL[name]
+    if width != 64 and name not in ("MUTAG", "COLLAB", "REDDIT-B"):
+        pytest.skip("other widths are measured on three shapes")
+    problem = Problem(Size(shape.nodes, shape.graphs, width, name), torch.device("cpu"), torch.float32)
+    layers, absent = available(width, torch.device("cpu"), compile_naive=False)
+    layers["torch.compile"], _ = compiled_peer(), absent.pop("torch.compile")
+    dense = {"dense bmm": shape.graphs * shape.nodes**2, "torch CSR": (shape.graphs * shape.nodes) ** 2}
+    for label, floats in dense.items():
+        if floats > MAX_DENSE:
+            del layers[label]
+            absent[label] = f"would make dense matrices of {4e-9 * floats:.2g} GB"
+    for label in list(layers):
+        error = problem.error(layers[label])
+        assert label != "acgkd_fast" or error <= TOLERANCE[torch.float32], error
+        if error > TOLERANCE[torch.float32]:
+            del layers[label]
+            absent[label] = f"disagrees with float64 by {error:.1e}"
+    entries = problem.edges.col.numel()
+    contest(
+        {
+            "ours" if label == "acgkd_fast" else label: functools.partial(problem.step, layer)
+            for label, layer in layers.items()
+        },
+        least=3,
+        moved=sum(problem.bytes_moved().values()),
+        # One multiplication and one addition per entry and channel: forward, gradient of x, gradient of the value.
+        flop=6 * entries * width,
+        absent=absent,
+        shape=shape.label,
+        operator="gcn_propagate and gradient",
+        nodes=problem.edges.num_nodes,
+        edges=entries,
         width=width,
     )
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from facts import gemm_rate
 
 from acgkd_fast._library import backend
 from acgkd_fast.checkpoints import load_model
@@ -58,17 +59,6 @@ def run(teacher: Teacher, graphs: GraphBatch, steps: int, kind: str, **options: 
     wall, cpu = time.perf_counter(), time.process_time()
     refiner.advance(steps)
     return time.perf_counter() - wall, time.process_time() - cpu, refiner
-
-
-def gemm_rate(width: int) -> float:
-    """FLOP per second of [2048, width] @ [width, width], the best of 20."""
-    a, b = torch.randn(2048, width), torch.randn(width, width)
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - start)
-    return 2 * 2048 * width**2 / min(times)
 
 
 @pytest.mark.skipif(not Path(MUTAG_TEACHER).is_file(), reason="ACGKD_FAST_MUTAG_TEACHER names no file")

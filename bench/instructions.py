@@ -188,7 +188,7 @@ def main() -> None:
     if arguments.inside is not None:
         inside(arguments.inside)
         return
-    from conftest import commit
+    from facts import commit
 
     from acgkd_fast.files import write_text
 

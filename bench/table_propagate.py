@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from bench_propagate_gpu import BATCHES, DENSITIES, NODES, TOLERANCE, WIDTHS, Problem, Size, environment
+from facts import copy_bandwidth, processor
 from propagate_peers import Layer, available
 
 from acgkd_fast.files import write_text
@@ -52,18 +53,6 @@ def sizes() -> Iterator[tuple[Size, str | None]]:
         elif nodes * batch * width > MAX_FEATURES:
             skip = f"features of {4e-9 * nodes * batch * width:.2g} GB"
         yield size, skip
-
-
-def copy_bandwidth() -> float:
-    """GB/s of a copy of 64 MB, reads and writes counted, best of five."""
-    source = torch.ones(2**24)
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
-        target.copy_(source)
-        seconds.append(time.perf_counter() - start)
-    return 8 * source.numel() / min(seconds[1:]) / 1e9
 
 
 def measure(size: Size, layers: dict[str, Layer]) -> dict[str, Any]:
@@ -170,7 +159,7 @@ def main() -> None:
             layers[width][0]["torch.compile"] = naive
             layers[width][1].pop("torch.compile")
     done = {key(row) for row in found["rows"]}
-    found["environment"] = {**environment(CPU), "threads": 1, "cpu": _processor(), "python": platform.python_version()}
+    found["environment"] = {**environment(CPU), "threads": 1, "cpu": processor(), "python": platform.python_version()}
     found["absent"] = layers[WIDTHS[0]][1]
     found["skipped"] = [{**asdict(size), "why": why} for size, why in sizes() if why]
     # Cheap ones first: a run that is cut off has seen most of the table.
@@ -187,11 +176,6 @@ def main() -> None:
         write_text(args.out, json.dumps(found, indent=1) + "\n")
         ratio, best = row.get("best_peer_over_ours"), row.get("best_peer")
         print(f"{size.density} n={size.nodes} batch={size.batch} width={size.width}: {ratio} of {best}", flush=True)
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ def test_a_deliberately_slowed_operator_is_caught(tmp_path):
     for times in (1, 20):
         folder = tmp_path / str(times)
         folder.mkdir()
-        (folder / "conftest.py").write_text((BENCH / "conftest.py").read_text())
+        for shared in ("conftest.py", "facts.py"):
+            (folder / shared).write_text((BENCH / shared).read_text())
         (folder / "bench_slowed.py").write_text(SLOWED.replace("[TIMES]", f"[pytest.param({times}, id='x')]"))
         out = folder / "out.json"
         command = [sys.executable, "-m", "pytest", "-q", "bench_slowed.py", f"--benchmark-json={out}"]
