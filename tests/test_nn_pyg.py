@@ -193,6 +193,27 @@ def test_torch_sparse_matrices(layout):
     assert out.shape == (4, 6) and sparse.shape == (4, 4, 2) and alpha.shape == (10, 2)
 
 
+@pytest.mark.filterwarnings("ignore:Converting sparse tensor:UserWarning", "ignore:Sparse:UserWarning")
+@pytest.mark.parametrize("receivers", [3, 8, 12])
+def test_bipartite_matrices(receivers):
+    """Receivers without features are as many as the matrix has rows, also those that nobody sends to."""
+    x, other = normal((8, 4), 0, torch.float32), normal((receivers, 5), 1, torch.float32)
+    edge_index = torch.stack([torch.arange(8), torch.arange(8) % 2])
+    ones = torch.sparse_coo_tensor(edge_index.flip(0), torch.ones(8), (receivers, 8)).coalesce()
+    fake = FakeSparseTensor(edge_index[1], edge_index[0], None, (receivers, 8))
+    makers = [
+        (lambda library: library.SAGEConv((4, 5), 6), other),
+        (lambda library: library.SAGEConv((4, 5), 6, aggr="max"), other),
+        (lambda library: library.GATConv((4, 5), 3, heads=2, residual=True), other),
+        (lambda library: library.GINConv(mlp(4, 3)), normal((receivers, 4), 2, torch.float32)),
+    ]
+    for make, own in makers:
+        layer = make(ours)
+        for pair in ((x, own), (x, None)):
+            assert_same(make, pair, ones.to_sparse_csr())
+            torch.testing.assert_close(layer(pair, fake), layer(pair, edge_index, size=(8, receivers)), **CLOSE)
+
+
 class FakeSparseTensor:
     """The part of torch-sparse's class that layers touch; the real one is tested where it is installed."""
 
@@ -201,6 +222,9 @@ class FakeSparseTensor:
 
     def coo(self):
         return self.parts
+
+    def sparse_sizes(self):
+        return self.sizes
 
 
 def sparse_tensor_classes():

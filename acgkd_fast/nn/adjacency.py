@@ -288,6 +288,14 @@ def _entries(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return row, col, matrix.values()
 
 
+def matrix_rows(edges: Edges) -> int | None:
+    """Rows, which receive, of a sparse matrix; None for other forms of edges, which do not tell."""
+    if isinstance(edges, torch.Tensor) and edges.layout != torch.strided:
+        return edges.shape[0]
+    sizes = getattr(edges, "sparse_sizes", None)
+    return int(sizes()[0]) if callable(sizes) else None
+
+
 def _expanded(ptr: torch.Tensor) -> torch.Tensor:
     return torch.arange(ptr.numel() - 1, device=ptr.device).repeat_interleave(ptr[1:] - ptr[:-1])
 

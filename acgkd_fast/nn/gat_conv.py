@@ -193,7 +193,7 @@ def attend(
     edge_weight: torch.Tensor | None = None,
 ) -> Any:
     """A GAT layer, ours or PyTorch Geometric's by its attributes."""
-    ends = both_ends(x, size, layer.flow)
+    ends = both_ends(x, size, layer.flow, edges)
     check(ends.senders.dim() == 2, "x", "features [N, F] (static graphs are not supported in GATConv)", ends.senders)
     sent, received, residual = _transform(layer, x, ends)
     around = _neighbours(layer, ends, edges, edge_attr, edge_weight)

@@ -101,7 +101,7 @@ class GINConv(_GINBase):
 
 def sum_with_self(layer: Any, x: Nodes, edges: Edges, edge_weight: torch.Tensor | None, size: Size) -> torch.Tensor:
     """(1 + eps) x + A x of a GIN layer, ours or PyTorch Geometric's."""
-    ends = both_ends(x, size, layer.flow)
+    ends = both_ends(x, size, layer.flow, edges)
     sample, _ = matrix(ends, edges, edge_weight, layer.flow)
     if isinstance(x, torch.Tensor) and x.dim() == 2:
         return gin_propagate(x, sample, layer.eps)
@@ -183,7 +183,7 @@ def sum_of_rectified(
     edge_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(1 + eps) x_i + sum_j w_ij relu(x_j + e_ij) of a GINE layer, ours or PyTorch Geometric's."""
-    ends = both_ends(x, size, layer.flow)
+    ends = both_ends(x, size, layer.flow, edges)
     entries = entries_of(ends, edges, edge_attr, edge_weight, layer.flow)
     attr = entries.attr
     # Values of a SparseTensor are edge features to PyTorch Geometric, also with one number per edge.

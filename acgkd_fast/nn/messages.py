@@ -9,7 +9,7 @@ import torch
 from ..errors import InputError, check, check_tensor, fail
 from ..graphs import EdgeSample
 from ..propagate import gin_propagate
-from .adjacency import EdgeList, Edges, check_range, check_sample, edge_list, entry_rows, sorted_edges
+from .adjacency import EdgeList, Edges, check_range, check_sample, edge_list, entry_rows, matrix_rows, sorted_edges
 
 Size = tuple[int | None, int | None] | None
 Nodes = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
@@ -38,8 +38,10 @@ class Entries(NamedTuple):
     attr: torch.Tensor | None
 
 
-def both_ends(x: Nodes, size: Size, flow: str) -> Ends:
+def both_ends(x: Nodes, size: Size, flow: str, edges: Edges = None) -> Ends:
     """One tensor for all nodes, or (senders, receivers or None), checked against `size`.
+
+    Receivers without features are as many as `size` says, else as many as a sparse matrix has rows.
 
     Raises:
         InputError: no such thing, sizes that disagree, or a pair beside a reversed flow.
@@ -56,7 +58,7 @@ def both_ends(x: Nodes, size: Size, flow: str) -> Ends:
             check(isinstance(receivers, torch.Tensor), "x", "a tensor or None as second of the pair", receivers)
             ends = Ends(senders, receivers, receivers.shape[-2])
         else:
-            given = None if size is None else size[1]
+            given = matrix_rows(edges) if size is None else size[1]
             ends = Ends(senders, None, senders.shape[-2] if given is None else given)
     have = ends.senders.shape[-2], ends.num_receivers
     if size is not None:

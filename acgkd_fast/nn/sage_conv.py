@@ -155,7 +155,7 @@ def sample_and_aggregate(
     layer: Any, x: Nodes, edges: Edges, edge_weight: torch.Tensor | None, size: Size
 ) -> torch.Tensor:
     """A SAGE layer, ours or PyTorch Geometric's by its attributes."""
-    ends = both_ends(x, size, layer.flow)
+    ends = both_ends(x, size, layer.flow, edges)
     if layer.project:
         ends = ends._replace(senders=layer.lin(ends.senders).relu())
     lin = layer.lin_l
