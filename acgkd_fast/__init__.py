@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ._native import build_info as build_info
     from .distill.curriculum import CurriculumSettings as CurriculumSettings
+    from .distill.density import find_density as find_density
     from .distill.inversion import LearnSettings as LearnSettings
     from .distill.inversion import learn as learn
     from .distill.pool import random_pool as random_pool
@@ -49,6 +50,7 @@ _HOMES = {
     "AdversarySettings": ".distill.temperature",
     "CurriculumSettings": ".distill.curriculum",
     "build_info": "._native",
+    "find_density": ".distill.density",
     "LearnSettings": ".distill.inversion",
     "learn": ".distill.inversion",
     "random_pool": ".distill.pool",

@@ -172,7 +172,7 @@ class Generator(nn.Module):
             n = torch.tensor(sizes, device=self.calls.device)
             slots = torch.arange(max(self.sizes), device=n.device)
             rows = (slots < n[:, None]).flatten().nonzero().squeeze(1)
-            chance = (self.prior.mean_degree / (n - 1).clamp(min=1)).clamp(max=0.9)
+            chance = (self.prior.expected_degree / (n - 1).clamp(min=1)).clamp(max=0.9)
             base = edge_logit(chance, self.noise).to(self.density.weight.dtype)
             self._shapes[key] = PairLayout.complete(sizes, device=n.device), rows, base
         return self._shapes[key]

@@ -17,6 +17,7 @@ from .propagate import readout
 FEATURE_KINDS = ("one-hot", "continuous", "degree", "constant")
 # Start of a learnable edge: present in nine draws of ten.
 _PRESENT = 0.9
+_UNKNOWN_DEGREE = 2.05
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class GraphPrior:
     Attributes:
         min_nodes, max_nodes: node counts are uniform on this range (GFKD uses 10..29).
         mean_degree: expected number of partners per node. Density is what neither learning nor
-            refinement repairs by itself, so state it if you know it; about 2 suits molecules.
+            refinement repairs by itself, so state it if you know it. None: unknown; a run then looks for it
+            (:func:`~acgkd_fast.distill.density.find_density`), everything else takes `expected_degree`.
         feature_kind: "one-hot" (node labels), "degree" (one-hot degrees, free while searching),
             "continuous" or "constant".
 
@@ -36,14 +38,20 @@ class GraphPrior:
 
     min_nodes: int = 10
     max_nodes: int = 29
-    mean_degree: float = 2.05
+    mean_degree: float | None = None
     feature_kind: str = "one-hot"
 
     def __post_init__(self) -> None:
         nodes = (self.min_nodes, self.max_nodes)
         check(2 <= self.min_nodes <= self.max_nodes, "min_nodes, max_nodes", "2 <= min_nodes <= max_nodes", nodes)
-        check(self.mean_degree > 0.0, "mean_degree", "a number above 0", self.mean_degree)
+        degree = self.mean_degree
+        check(degree is None or degree > 0.0, "mean_degree", "None or a number above 0", degree)
         check_choice("feature_kind", self.feature_kind, FEATURE_KINDS)
+
+    @property
+    def expected_degree(self) -> float:
+        """The mean degree, that of a molecule where none is known."""
+        return _UNKNOWN_DEGREE if self.mean_degree is None else self.mean_degree
 
 
 def edge_logit(probability: torch.Tensor, noise: str) -> torch.Tensor:

@@ -266,7 +266,6 @@ class GraphSynthesizer:
             c_bn=self.learn.c_bn if self.bn is None else self.bn / oh,
             c_oh=self.learn.c_oh / oh,
             c_degree=self.learn.c_degree / oh,
-            target_degree=self.prior.mean_degree if self.learn.target_degree is not None else None,
         )
         pseudo = PseudoGraphs.from_graphs(start, feature_kind=self.prior.feature_kind).to(self.device)
         extra = None if self.adv == 0.0 else lambda graphs, logits: self._disagreement(graphs, logits) / oh
@@ -339,7 +338,7 @@ class GraphSynthesizer:
             for hook in hooks:
                 if hook.mmt_rate > 0.0:
                     hook.update_mmt()
-        terms["degree"] = degree_term(_mean_degree(graphs), self.prior.mean_degree)
+        terms["degree"] = degree_term(_mean_degree(graphs), self.prior.expected_degree)
         bn, oh = (1.0 if weight is None else weight for weight in (self.bn, self.oh))
         loss = oh * terms["cross_entropy"] + bn * terms["batch_norm"] + self.degree * terms["degree"]
         if self.adv > 0.0:

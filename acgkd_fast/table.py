@@ -11,7 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .baselines import Pool, balanced_random_pool, dfad, gfkd_graphs, inverted_f
 from .checkpoints import load_model, save_model
 from .data import GraphDataset, house_or_cycle, load_dataset
 from .distill.config import RunConfig
+from .distill.density import find_density
 from .distill.metrics import MetricsLog
 from .distill.pool import random_pool
 from .distill.run import Run
@@ -33,7 +34,7 @@ from .pseudo_graphs import GraphPrior
 from .tasks import split_dataset, split_positions
 from .teachers import Teacher, as_teacher, evaluate, train_classifier
 
-# Published mean node counts: all that the prior is told about a data set. Density is left at its default.
+# Published mean node counts: all that the prior is told about a data set.
 MEAN_NODES = {
     "house-or-cycle": 25,
     "MUTAG": 18,
@@ -69,7 +70,7 @@ class Case:
     Attributes:
         dataset, arch, split: name of the data set, the teacher's architecture, seed of the 70/30 split.
         teacher: trained on `train`.
-        prior: sizes from half to one and a half times the published mean, default density.
+        prior: sizes from half to one and a half times the published mean, density as :func:`find_density` finds it.
         train, test: real graphs; `train` is for the rows on real data, `test` measures.
     """
 
@@ -225,6 +226,7 @@ class Table:
             "split": case.split,
             "student": task.student,
             "row": row,
+            "mean_degree": case.prior.expected_degree,
         }
         start = time.perf_counter()
         if row == "majority class":
@@ -272,8 +274,12 @@ class Table:
             save_model(path, trained, {"feature_kind": data.feature_kind, "dataset": dataset, "split_seed": split})
         model = load_model(path)[0]
         mean = MEAN_NODES[dataset]
+        teacher = as_teacher(model)
         prior = GraphPrior(max(mean // 2, 2), mean * 3 // 2, feature_kind=data.feature_kind)
-        return Case(dataset, arch, split, as_teacher(model), prior, train, test)
+        if self.config.density_steps > 0:
+            found = find_density(teacher, prior, steps=self.config.density_steps, seed=split)
+            prior = replace(prior, mean_degree=found.mean_degree)
+        return Case(dataset, arch, split, teacher, prior, train, test)
 
     def _graphs(self, dataset: str, split: int) -> tuple[GraphDataset, GraphBatch, GraphBatch]:
         if dataset == "house-or-cycle":

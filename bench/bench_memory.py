@@ -80,7 +80,8 @@ def make_learner(case: Case) -> Learner:
         estimator=case.estimator,
         c_bn=C_BN,
         c_oh=C_OH,
-        target_degree=case.degree if case.degree_term else None,
+        c_degree=1.0 if case.degree_term else 0.0,
+        target_degree=case.degree,
         lr_structure=1e-3,
         lr_features=1e-3,
     )

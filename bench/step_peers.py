@@ -71,7 +71,7 @@ def make_learner(shape: Shape, estimator: str, device: str = "cpu") -> Learner:
         estimator=estimator,
         c_bn=C_BN,
         c_oh=C_OH,
-        target_degree=None,
+        c_degree=0.0,
         lr_structure=1e-3,
         lr_features=1e-3,
     )

@@ -31,7 +31,7 @@ class DenseGenerator(nn.Module):
         nodes = like.nodes(hidden).view(graphs, n, -1)
         factors, x = nodes[..., : like.rank], nodes[..., like.rank :].softmax(-1)
         sizes = torch.tensor([like.sizes[i % like.batch_size] for i in range(graphs)])
-        start = (like.prior.mean_degree / (sizes - 1)).clamp(max=0.9).logit() + like.density(hidden).squeeze(1)
+        start = (like.prior.expected_degree / (sizes - 1)).clamp(max=0.9).logit() + like.density(hidden).squeeze(1)
         theta = factors @ factors.mT + start[:, None, None]
         u = dense_uniforms(graphs, n, torch.stack([torch.tensor(like.seed), like.calls]), directed=False)
         adjacency = torch.sigmoid((theta + u.log() - (1 - u).log()) / like.temperature)

@@ -145,7 +145,7 @@ def test_large_problems_whose_plain_step_has_sparse_gradients(steps, tolerance, 
     six steps of 0.1 can go.
     """
     monkeypatch.setattr(inversion, "_MANY_PAIRS", 1)
-    settings = LearnSettings(steps=6, target_degree=None)
+    settings = LearnSettings(steps=6, c_degree=0.0)
     plain = Learner(make_teacher(), make_pseudo_graphs(), settings)
     assert type(plain.optimizer) is not torch.optim.Adam
     for _ in range(steps):

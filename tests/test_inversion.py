@@ -46,7 +46,7 @@ def test_every_learnable_input_moves_and_the_loss_falls(teacher, estimator, nois
         pytest.skip("the ARM identity needs logistic noise")
     pseudo = make_pseudo_graphs(noise=noise)
     before = {name: parameter.detach().clone() for name, parameter in pseudo.named_parameters()}
-    settings = LearnSettings(steps=80, estimator=estimator, lr_structure=0.05, lr_features=0.05, target_degree=None)
+    settings = LearnSettings(steps=80, estimator=estimator, lr_structure=0.05, lr_features=0.05, c_degree=0.0)
     losses = []
     learn(teacher, pseudo, settings, seed=1, progress=lambda _, terms: losses.append(terms["loss"]), report_every=1)
 

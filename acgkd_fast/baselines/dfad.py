@@ -138,7 +138,7 @@ def dfad(
             prior.max_nodes,
             teacher.num_features,
             prior.feature_kind,
-            mean_degree=prior.mean_degree,
+            mean_degree=prior.expected_degree,
             dropout=settings.dropout,
         )
         student_optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, InputError, check
+from ..errors import DataError, InputError, check, is_integer
 from ..pseudo_graphs import GraphPrior
 from .curriculum import CurriculumSettings
 from .inversion import LearnSettings
@@ -26,6 +26,8 @@ class RunConfig:
         seed: seed of everything random in the run.
         xi: spatial complexity parameter of the learning stage, in (0, 1].
         prior: what is assumed about the teacher's graphs.
+        density_steps: of each short search for the prior's mean degree where that is not stated
+            (:func:`~.density.find_density`); 0 leaves it out.
         learn: the gradient stage; ``steps = 0`` leaves it out.
         refine: the search over hard graphs; ``steps = 0`` leaves it out.
         student: training of the student.
@@ -34,6 +36,7 @@ class RunConfig:
     num_graphs: int = 400
     seed: int = 0
     xi: float = 1.0
+    density_steps: int = 600
     prior: GraphPrior = field(default_factory=GraphPrior)
     learn: LearnSettings = field(default_factory=lambda: LearnSettings(steps=0))
     refine: RefineSettings = field(default_factory=RefineSettings)
@@ -42,6 +45,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         check(self.num_graphs >= 1, "num_graphs", "at least 1", self.num_graphs)
         check(0.0 < self.xi <= 1.0, "xi", "a number in (0, 1]", self.xi)
+        steps = self.density_steps
+        check(is_integer(steps) and steps >= 0, "density_steps", "0 or more", steps)
         if self.student.redraw and (self.learn.steps == 0 or self.refine.steps > 0):
             raise InputError(
                 "student.redraw: expected a learning stage and no refinement, whose hard graphs cannot be drawn anew, "

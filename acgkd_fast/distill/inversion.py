@@ -45,7 +45,8 @@ class LearnSettings:
         temperature, final_temperature: Binary Concrete temperature, geometric from first to last.
         c_bn, bn_term: weight and kind of the BatchNorm term.
         c_oh: weight of the one-hot entropy.
-        c_degree, target_degree: weight and target of the expected degree; target None switches it off.
+        c_degree, target_degree: weight (0 leaves the term out) and target of the expected degree; None is
+            the one that the pseudo-graphs set out with.
     """
 
     steps: int = 400
@@ -59,7 +60,7 @@ class LearnSettings:
     bn_term: str = "norm"
     c_oh: float = 0.01
     c_degree: float = 1.0
-    target_degree: float | None = 2.05
+    target_degree: float | None = None
 
     def __post_init__(self) -> None:
         check(self.steps >= 0, "steps", "0 or more", self.steps)
@@ -111,6 +112,8 @@ class Learner:
         self.settings = settings
         self.seed = seed
         self.extra_loss = extra_loss
+        target = settings.target_degree
+        self._target_degree = float(pseudo_graphs.expected_degree().detach().mean()) if target is None else target
         self.step = 0
         width, classes = pseudo_graphs.features.shape[1], self.teacher.num_classes
         wanted = self.teacher.num_features
@@ -132,6 +135,7 @@ class Learner:
         """Everything that another process needs to go on from here, bit for bit."""
         return {
             "step": self.step,
+            "target_degree": self._target_degree,
             "pseudo_graphs": self.pseudo_graphs.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -139,6 +143,7 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pseudo_graphs.load_state_dict(state["pseudo_graphs"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._target_degree = float(state["target_degree"])
         self.step = int(state["step"])
 
     def advance(self) -> dict[str, torch.Tensor]:
@@ -202,7 +207,7 @@ class Learner:
         return sparse and logits.is_cpu and logits.numel() >= _MANY_PAIRS
 
     def _limits_degree(self) -> bool:
-        return self.settings.target_degree is not None and self.settings.c_degree > 0
+        return self.settings.c_degree > 0
 
     def _structure_by_arm(self) -> dict[str, torch.Tensor]:
         """GFKD's step: features by gradient on the first draw, structure by the ARM pair."""
@@ -239,8 +244,7 @@ class Learner:
         if self.pseudo_graphs.feature_kind in ("one-hot", "degree") and self.settings.c_oh > 0:
             terms["entropy"] = one_hot_entropy(x)
         if self._limits_degree():
-            assert self.settings.target_degree is not None
-            terms["degree"] = degree_term(self.pseudo_graphs.expected_degree(), self.settings.target_degree)
+            terms["degree"] = degree_term(self.pseudo_graphs.expected_degree(), self._target_degree)
         return terms
 
     def _weighted(self, terms: dict[str, torch.Tensor]) -> torch.Tensor:

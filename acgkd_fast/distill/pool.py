@@ -24,14 +24,14 @@ def start_graphs(teacher: Teacher, prior: GraphPrior, num_graphs: int, *, seed: 
     """
     sizes = _sizes(prior, num_graphs, seed)
     # A tree of n nodes has n - 1 edges; what the mean degree asks beyond that closes rings.
-    extra = max(prior.mean_degree / 2.0 - 1.0 + 1.0 / (sum(sizes) / len(sizes)), 0.0)
+    extra = max(prior.expected_degree / 2.0 - 1.0 + 1.0 / (sum(sizes) / len(sizes)), 0.0)
     return _finish(teacher, prior, random_trees(sizes, extra_edges=extra, seed=seed), seed)
 
 
 def random_pool(teacher: Teacher, prior: GraphPrior, num_graphs: int, *, seed: int = 0) -> GraphBatch:
     """Erdos-Renyi graphs of the prior's mean degree: the baseline that every run must beat."""
     sizes = _sizes(prior, num_graphs, seed)
-    return _finish(teacher, prior, random_graphs(sizes, prior.mean_degree, seed), seed)
+    return _finish(teacher, prior, random_graphs(sizes, prior.expected_degree, seed), seed)
 
 
 def _sizes(prior: GraphPrior, num_graphs: int, seed: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from ..files import load_state, save_state, write_text
 from ..graphs import GraphBatch
 from ..nn.models import parse_arch
 from ..nn.projected import Classifier
-from ..pseudo_graphs import PseudoGraphs
+from ..pseudo_graphs import GraphPrior, PseudoGraphs
 from ..report import write_report
 from ..teachers import Teacher, as_teacher, evaluate
 from .captured import stepper
 from .config import RunConfig
+from .density import find_density
 from .inversion import Learner
 from .metrics import MetricsLog
 from .pool import random_pool, start_graphs
@@ -195,7 +197,7 @@ class Run:
 
     def _measure(self, evaluation: Evaluation, taught: Sequence[nn.Module], seeds: list[int]) -> list[dict[str, Any]]:
         config = self.config
-        random = random_pool(self.teacher, config.prior, config.num_graphs, seed=config.seed)
+        random = random_pool(self.teacher, self.prior, config.num_graphs, seed=config.seed)
         rows: dict[str, Sequence[nn.Module]] = {
             f"teacher ({evaluation.name})": [self.teacher.module],
             "student on pseudo-graphs": taught,
@@ -229,12 +231,28 @@ class Run:
         results.append({"row": "majority class", "accuracy": majority, "deviation": 0.0, "seeds": 1})
         return results
 
+    @cached_property
+    def prior(self) -> GraphPrior:
+        """The prior with a mean degree: stated, found by a short search, or the default where that is left out."""
+        config = self.config
+        if config.prior.mean_degree is not None or config.density_steps == 0:
+            return config.prior
+        rows = [row for row in self.metrics.read() if row["stage"] == "density"]
+        if not rows or "mean_degree" not in rows[-1]:
+            self.metrics.rewind("density", -1)
+            found = find_density(self.teacher, config.prior, steps=config.density_steps, seed=config.seed)
+            for trial, (degree, k) in enumerate(found.tried):
+                self.metrics.write("density", trial, {"tried": degree, "k": k})
+            self.metrics.write("density", len(found.tried), {"mean_degree": found.mean_degree})
+            rows = [{"mean_degree": found.mean_degree}]
+        return replace(config.prior, mean_degree=rows[-1]["mean_degree"])
+
     def make_graphs(self) -> GraphBatch:
         """Stages one and two: the pseudo-graphs, from ``pseudo_graphs.safetensors`` if already there."""
         product = self.folder / "pseudo_graphs.safetensors"
         if product.exists():
             return load_graphs(product)[0]
-        graphs = start_graphs(self.teacher, self.config.prior, self.config.num_graphs, seed=self.config.seed)
+        graphs = start_graphs(self.teacher, self.prior, self.config.num_graphs, seed=self.config.seed)
         learned = None
         if self.config.learn.steps > 0:
             learned = self._learn(graphs)

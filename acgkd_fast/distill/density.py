@@ -1,0 +1,78 @@
+"""The density of the pseudo-graphs, found without data: the one at which a short search comes closest to K = 0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ..errors import check, is_integer
+from ..pseudo_graphs import GraphPrior
+from ..teachers import Teacher, as_teacher
+from .pool import start_graphs
+from .refine import Refiner, RefineSettings
+from .statistics import BatchNormProbe
+
+# Mean degrees to try, as multiples of a tree's with a few rings, up to this share of complete graphs.
+_RATIO = 1.4
+_FULLEST = 0.8
+# K only grows from here on: graphs far too dense are the slowest to search.
+_HOPELESS = 10.0
+
+
+@dataclass(frozen=True)
+class Density:
+    """What was tried and what was best.
+
+    Attributes:
+        mean_degree: of the start graphs whose short search ended with the least K.
+        tried: (mean degree, K) of each trial, from sparse to dense; empty where nothing was tried.
+    """
+
+    mean_degree: float
+    tried: tuple[tuple[float, float], ...]
+
+
+def find_density(
+    teacher: Teacher | nn.Module,
+    prior: GraphPrior,
+    *,
+    num_graphs: int = 64,
+    steps: int = 600,
+    seed: int = 0,
+) -> Density:
+    """Search from start graphs of several densities, by K alone, and compare how far each comes.
+
+    The search proper adds and deletes few edges, so that it ends near the density it set out from; a teacher whose
+    layers normalise by degree hides density from K, and then this finds little to choose from.
+
+    Args:
+        teacher: a Teacher or any module that `as_teacher` accepts; stays frozen.
+        prior: sizes and features. Where it states a mean degree, that is the answer.
+        num_graphs, steps: of each search.
+        seed: of starts and searches.
+
+    Returns:
+        Density: of mean degrees 2.05, 2.9, 4.0 and so on, 1.4 times the last, up to 0.8 of a complete graph's or to
+        ten times the least K, the one with the least K. The first of them where the teacher has no BatchNorm.
+
+    Raises:
+        InputError: num_graphs or steps below 1.
+    """
+    check(is_integer(num_graphs) and num_graphs >= 1, "num_graphs", "at least 1", num_graphs)
+    check(is_integer(steps) and steps >= 1, "steps", "at least 1", steps)
+    teacher = as_teacher(teacher)
+    if prior.mean_degree is not None or BatchNormProbe(teacher.module).num_layers == 0:
+        return Density(prior.expected_degree, ())
+    degree, most = prior.expected_degree, _FULLEST * ((prior.min_nodes + prior.max_nodes) / 2 - 1)
+    settings = RefineSettings(steps=steps, w_ce=0.0)
+    tried: list[tuple[float, float]] = []
+    while not tried or (degree <= most and tried[-1][1] <= _HOPELESS * min(k for _, k in tried)):
+        start = start_graphs(teacher, replace(prior, mean_degree=degree), num_graphs, seed=seed)
+        refiner = Refiner(teacher, start, settings, seed=seed, feature_kind=prior.feature_kind)
+        refiner.advance(steps)
+        found = refiner.result().k
+        assert found is not None
+        tried.append((round(degree, 2), found))
+        degree *= _RATIO
+    return Density(min(tried, key=lambda trial: trial[1])[0], tuple(tried))

@@ -1,0 +1,67 @@
+"""The density found by short searches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from search_helpers import PlainTeacher
+
+import acgkd_fast as af
+from acgkd_fast.distill.density import Density, find_density
+from acgkd_fast.errors import InputError
+from acgkd_fast.nn.models import build_model
+
+PRIOR = af.GraphPrior(14, 20, feature_kind="one-hot")
+
+
+def calibrated(arch: str, mean_degree: float) -> af.Teacher:
+    """A random teacher whose running statistics are those of random graphs of a mean degree."""
+    torch.manual_seed(0)
+    teacher = build_model(arch, 7, 2)
+    graphs = af.random_pool(af.as_teacher(teacher), replace(PRIOR, mean_degree=mean_degree), 200, seed=5)
+    for layer in teacher.modules():
+        if isinstance(layer, torch.nn.BatchNorm1d):
+            layer.reset_running_stats()
+            layer.momentum = None
+    teacher.train()
+    with torch.no_grad():
+        teacher(graphs.x, graphs.edges)
+    return af.as_teacher(teacher.eval())
+
+
+@pytest.mark.parametrize("degree", [2.2, 8.0])
+def test_finds_the_density_that_the_statistics_come_from(degree):
+    found = find_density(calibrated("gin3-32", degree), PRIOR, num_graphs=32, steps=60)
+    assert 0.6 * degree < found.mean_degree < 1.7 * degree
+    degrees, ks = zip(*found.tried, strict=True)
+    assert list(degrees) == sorted(degrees) and degrees[0] == 2.05 and degrees[-1] <= 0.8 * 16
+    assert found.mean_degree == degrees[ks.index(min(ks))]
+
+
+def test_gives_up_on_graphs_that_are_hopelessly_dense():
+    tried = find_density(calibrated("gin3-32", 2.2), PRIOR, num_graphs=32, steps=60).tried
+    ks = [k for _, k in tried]
+    assert all(k <= 10.0 * min(ks[: i + 1]) for i, k in enumerate(ks[:-1]))
+
+
+def test_a_stated_density_and_a_teacher_without_batch_norm_end_the_search():
+    stated = replace(PRIOR, mean_degree=5.0)
+    teacher = calibrated("gin3-32", 8.0)
+    assert find_density(teacher, stated) == Density(5.0, ())
+    assert find_density(PlainTeacher(), PRIOR) == Density(2.05, ())
+
+
+def test_repeats_and_leaves_the_teacher_alone():
+    teacher = calibrated("gcn3-32", 4.0)
+    before = {name: value.clone() for name, value in teacher.module.state_dict().items()}
+    first = find_density(teacher, PRIOR, num_graphs=8, steps=10, seed=3)
+    assert find_density(teacher, PRIOR, num_graphs=8, steps=10, seed=3) == first
+    assert all(torch.equal(value, before[name]) for name, value in teacher.module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["num_graphs", "steps"])
+def test_bad_numbers_are_refused(name):
+    with pytest.raises(InputError, match=f"{name}: expected at least 1, got 0"):
+        find_density(calibrated("gcn3-32", 2.2), PRIOR, **{name: 0})
