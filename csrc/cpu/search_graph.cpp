@@ -4,9 +4,14 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu/search_rows.h"
 
 namespace acgkd {
+namespace {
+
+// A share of a core's second level cache, 1 MiB and more on current servers.
+constexpr int64_t kPrefetchedBytes = 1 << 18;
+
+}  // namespace
 
 Workspace::Workspace(const Network& network, int64_t max_nodes)
     : proposal(max_nodes),
@@ -14,6 +19,7 @@ Workspace::Workspace(const Network& network, int64_t max_nodes)
       inputs(max_nodes),
       outputs(max_nodes),
       neighbours(max_nodes),
+      activations(max_nodes),
       hidden(aligned_floats(network.gin ? max_nodes * network.stride : 0)),
       pooled(aligned_floats(network.stride)),
       zeros(aligned_floats(network.stride)),
@@ -124,7 +130,7 @@ void SearchGraph::carry_out(const Edit& edit) {
   for (int k = 0; k < edit.num_fresh; ++k) link(edit.fresh[k], true);
 }
 
-void SearchGraph::evaluate(const Edit& edit, Workspace& work) {
+void SearchGraph::reach(const Edit& edit) {
   for (const int32_t node : dirty_) place_[node] = kClean;
   dirty_.clear();
   if (edit.kind == Move::kRelabel) mark(edit.node);
@@ -136,7 +142,34 @@ void SearchGraph::evaluate(const Edit& edit, Workspace& work) {
     for (const int64_t stop = count_[l]; expanded < stop; ++expanded) mark_neighbours(dirty_[expanded]);
     count_[l + 1] = static_cast<int64_t>(dirty_.size());
   }
-  compute(false, work);
+}
+
+void SearchGraph::evaluate(Workspace& work) { compute(false, work); }
+
+void SearchGraph::prefetch() const {
+  int64_t left = kPrefetchedBytes / (stride_ * static_cast<int64_t>(sizeof(float)));
+  const auto fetch = [&](int64_t plane, int64_t node) {
+    if (left-- <= 0) return;
+    const float* from = resident(plane, node);
+    for (int64_t k = 0; k < stride_; k += kTile) __builtin_prefetch(from + k, 0, 2);
+  };
+  const auto fetch_reached = [&](int64_t plane, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) fetch(plane, dirty_[i]);
+  };
+  const auto fetch_others = [&](int64_t plane, int64_t begin) {
+    for (int64_t node = 0; node < nodes_; ++node) {
+      if (place_[node] >= begin) fetch(plane, node);
+    }
+  };
+  for (int64_t l = 0; l < depth_; ++l) {
+    fetch_reached(aggregate_plane(l), 0, count_[l + 1]);
+    if (network_.gin) fetch_reached(second_plane(l), 0, count_[l + 1]);
+    if (l) fetch_reached(output_plane(l - 1), count_[l], count_[l + 1]);
+    // The neighbours of the rows of one level are in the next.
+    l + 1 < depth_ ? fetch_reached(transform_plane(l), count_[l], count_[l + 2])
+                   : fetch_others(transform_plane(l), count_[l]);
+  }
+  fetch_others(output_plane(depth_ - 1), count_[depth_]);
 }
 
 void SearchGraph::keep(const Workspace& work) {
@@ -240,29 +273,25 @@ void SearchGraph::layer_rows(int64_t l, bool anew, Workspace& work) {
                work.weights.data(), static_cast<int64_t>(list.size()), scale, layer.transform.bias.get(), stride_,
                row(aggregate_plane(l), level, node, work));
   }
-  const auto activate = [&](int64_t i, int64_t plane, const Norm& norm, const float* residual, float* out) {
-    const int32_t node = dirty_[i];
-    const float* old = anew ? work.zeros.get() : resident(plane, node);
-    activate_row(row(plane, level, node, work), old, norm.scale.get(), norm.shift.get(), residual, stride_, out, change,
-                 change + stride_);
+  const auto activate = [&](int64_t plane, const Norm& norm, int64_t residual_plane, const auto& out) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t node = dirty_[i];
+      work.inputs[i] = out(i);
+      work.activations[i] = {row(plane, level, node, work), anew ? work.zeros.get() : resident(plane, node),
+                             residual_plane < 0 ? nullptr : row(residual_plane, l, node, work), out(i)};
+    }
+    activate_rows(work.activations.data(), count, norm.scale.get(), norm.shift.get(), stride_, change,
+                  change + stride_);
   };
   if (network_.gin) {
-    for (int64_t i = 0; i < count; ++i) {
-      float* hidden = work.hidden.get() + i * stride_;
-      activate(i, aggregate_plane(l), layer.inner, nullptr, hidden);
-      work.inputs[i] = hidden;
-      work.outputs[i] = row(last, level, dirty_[i], work);
-    }
+    activate(aggregate_plane(l), layer.inner, -1, [&](int64_t i) { return work.hidden.get() + i * stride_; });
+    for (int64_t i = 0; i < count; ++i) work.outputs[i] = row(last, level, dirty_[i], work);
     multiply_rows(work.inputs.data(), count, network_.width, layer.second.weight.get(), layer.second.bias.get(),
                   stride_, work.outputs.data());
     change += 2 * stride_;
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const float* residual = l ? row(output_plane(l - 1), l, dirty_[i], work) : nullptr;
-    float* out = row(output_plane(l), level, dirty_[i], work);
-    activate(i, last, layer.norm, residual, out);
-    work.inputs[i] = out;
-  }
+  activate(last, layer.norm, l ? output_plane(l - 1) : -1,
+           [&](int64_t i) { return row(output_plane(l), level, dirty_[i], work); });
   if (level == depth_) return;
   const Linear& next = network_.layers[level].transform;
   for (int64_t i = 0; i < count; ++i) work.outputs[i] = row(transform_plane(level), level, dirty_[i], work);

@@ -7,6 +7,7 @@
 
 #include "cpu/search_network.h"
 #include "cpu/search_proposal.h"
+#include "cpu/search_rows.h"
 
 namespace acgkd {
 
@@ -29,6 +30,7 @@ struct Workspace {
   std::vector<const float*> inputs;
   std::vector<float*> outputs;
   std::vector<const float*> neighbours;
+  std::vector<Activation> activations;
   AlignedFloats hidden, pooled, zeros;
   // Rows that the latest edit changes, [planes, max_nodes, stride]: most edits are dropped, and then the graph's own
   // rows have not been touched.
@@ -42,9 +44,13 @@ class SearchGraph {
   SearchGraph(const Network& network, int64_t nodes, std::vector<Edge> edges, const float* x, const int64_t* label,
               int64_t target);
 
-  // Edges and labels as after an edit. Once what it changes has been evaluated, too, `keep` may follow; else `revert`.
+  // Edges and labels as after an edit. `reach` then finds the rows that it changes, `evaluate` computes them, and
+  // `keep` may follow; else `revert`.
   void carry_out(const Edit& edit);
-  void evaluate(const Edit& edit, Workspace& work);
+  void reach(const Edit& edit);
+  // Asks for the rows that `evaluate` is going to read, so that they are there when it starts.
+  void prefetch() const;
+  void evaluate(Workspace& work);
   void keep(const Workspace& work);
   void revert(const Edit& edit);
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <iterator>
 #include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -37,6 +38,12 @@ struct Trial {
   std::vector<int64_t> label_before;
 };
 
+// An edit that its graph has undergone, whose rows are known but not computed; not valid if there is nothing to try.
+struct Attempt {
+  Edit edit;
+  double accept = 0;
+};
+
 // One of the edits among which a step chooses.
 struct Candidate {
   Edit edit;
@@ -52,6 +59,38 @@ void for_items(int64_t count, const Function& function) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t, int64_t) { function(next, count); });
 }
 
+// Scratch memory kept from round to round: fresh pages would cost as much as some edits.
+class Workspaces {
+ public:
+  explicit Workspaces(const Network& network) : network_(network) {}
+
+  void set_max_nodes(int64_t max_nodes) { max_nodes_ = max_nodes; }
+
+  // One that no other thread has; comes back by itself.
+  auto take() {
+    const auto give_back = [this](Workspace* work) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      idle_.emplace_back(work);
+    };
+    std::unique_ptr<Workspace> work;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!idle_.empty()) {
+        work = std::move(idle_.back());
+        idle_.pop_back();
+      }
+    }
+    if (!work) work = std::make_unique<Workspace>(network_, max_nodes_);
+    return std::unique_ptr<Workspace, decltype(give_back)>(work.release(), give_back);
+  }
+
+ private:
+  const Network& network_;
+  int64_t max_nodes_ = 0;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Workspace>> idle_;
+};
+
 class Search {
  public:
   Search(const Network& network, const Energy& energy, const Proposer& proposer, const Settings& settings, Key key,
@@ -65,18 +104,19 @@ class Search {
         trials_(num_graphs),
         graphs_(num_graphs),
         slope_(network.norms() * 2 * network.stride),
-        choice_(num_graphs) {
+        choice_(num_graphs),
+        workspaces_(network) {
     for (Trial& trial : trials_) trial.change.resize(slope_.size());
   }
 
   template <typename Make>
   void build(int64_t max_nodes, const Make& make) {
-    max_nodes_ = max_nodes;
+    workspaces_.set_max_nodes(max_nodes);
     for_items(num_graphs(), [&](std::atomic<int64_t>& next, int64_t count) {
-      Workspace work(network_, max_nodes_);
+      const auto work = workspaces_.take();
       for (int64_t g; (g = next++) < count;) {
         graphs_[g] = make(g);
-        graphs_[g]->rebuild(work);
+        graphs_[g]->rebuild(*work);
       }
     });
   }
@@ -137,44 +177,71 @@ class Search {
     for_items(static_cast<int64_t>(chosen_.size()), [&](std::atomic<int64_t>& next, int64_t count) {
       int64_t i = next++;
       if (i >= count) return;
-      Workspace work(network_, max_nodes_);
-      for (; i < count; i = next++) edit_graph(chosen_[i], state, work);
+      const auto work = workspaces_.take();
+      Attempt attempt = open_graph(chosen_[i], state, *work);
+      while (i < count) {
+        // A pool of graphs is larger than a cache: the rows of one are on their way while those of another are computed.
+        const int64_t following = next++;
+        Attempt first;
+        if (following < count) first = open_graph(chosen_[following], state, *work);
+        edit_graph(chosen_[i], attempt, *work);
+        i = following;
+        attempt = first;
+      }
     });
     settle(state);
     for (const int64_t g : chosen_) trials_[g].steps.clear();
   }
 
-  void edit_graph(int64_t g, const State& state, Workspace& work) {
-    Trial& trial = trials_[g];
+  Attempt attempt(int64_t g, int64_t step, int64_t number, Workspace& work) {
     SearchGraph& graph = *graphs_[g];
+    double u[kLanes];
+    uniforms(g, step, static_cast<uint32_t>(2 * number), 2, u);
+    Attempt attempt{proposer_.propose(graph, g, u, work.proposal), u[kAccept]};
+    attempt.edit.valid = attempt.edit.valid && carried_out(graph, attempt.edit, work);
+    if (attempt.edit.valid) graph.reach(attempt.edit);
+    return attempt;
+  }
+
+  // The first of the edits of `edit_graph`.
+  Attempt open_graph(int64_t g, const State& state, Workspace& work) {
+    Trial& trial = trials_[g];
     trial.delta = trial.excess_change = 0;
     trial.accepted = 0;
     trial.loss = state.loss[g];
     trial.hit = state.hit[g];
-    trial.edges_before = graph.edges();
-    trial.label_before = graph.label();
+    trial.edges_before = graphs_[g]->edges();
+    trial.label_before = graphs_[g]->label();
+    const Attempt first = attempt(g, trial.steps[0], 0, work);
+    if (first.edit.valid) graphs_[g]->prefetch();
+    return first;
+  }
+
+  void edit_graph(int64_t g, const Attempt& first, Workspace& work) {
+    Trial& trial = trials_[g];
+    SearchGraph& graph = *graphs_[g];
     for (const int64_t step : trial.steps) {
       const int64_t last = settings_.proposals - 1;
       Candidate best;
       for (int64_t j = 0; j <= last; ++j) {
-        double u[kLanes];
-        uniforms(g, step, static_cast<uint32_t>(2 * j), 2, u);
-        const Edit edit = proposer_.propose(graph, g, u, work.proposal);
-        if (!edit.valid || !carried_out(graph, edit, work)) continue;
-        graph.evaluate(edit, work);
+        const bool opened = j == 0 && step == trial.steps[0];
+        const Attempt now = opened ? first : attempt(g, step, j, work);
+        if (!now.edit.valid) continue;
+        graph.evaluate(work);
         const double excess_change = energy_.excess(work.scores.loss) - energy_.excess(trial.loss);
         const double delta =
             dot(slope_.data(), work.scores.change.data(), static_cast<int64_t>(slope_.size())) + excess_change;
         // A graph on which the teacher answers NaN compares as not lower.
-        if (delta < best.delta) best = {edit, delta, excess_change, u[kAccept], j};
-        if (best.number < last) graph.revert(edit);
+        if (delta < best.delta) best = {now.edit, delta, excess_change, now.accept, j};
+        if (best.number < last) graph.revert(now.edit);
       }
       if (best.number < 0) continue;
       if (best.number < last) {
         // Computed again, because another came after it; temperature 0, where it takes several.
         if (best.delta >= 0.0) continue;
         graph.carry_out(best.edit);
-        graph.evaluate(best.edit, work);
+        graph.reach(best.edit);
+        graph.evaluate(work);
       }
       if (!(best.delta < allowed(g, best, work))) {
         graph.revert(best.edit);
@@ -251,10 +318,10 @@ class Search {
     for_items(static_cast<int64_t>(undone.size()), [&](std::atomic<int64_t>& next, int64_t count) {
       int64_t i = next++;
       if (i >= count) return;
-      Workspace work(network_, max_nodes_);
+      const auto work = workspaces_.take();
       for (; i < count; i = next++) {
         const Trial& trial = trials_[undone[i]];
-        graphs_[undone[i]]->restore(trial.edges_before, trial.label_before, work);
+        graphs_[undone[i]]->restore(trial.edges_before, trial.label_before, *work);
       }
     });
   }
@@ -270,7 +337,7 @@ class Search {
   std::vector<double> slope_;
   std::vector<std::pair<double, int64_t>> choice_;
   std::vector<int64_t> chosen_;
-  int64_t max_nodes_ = 0;
+  Workspaces workspaces_;
   double previous_energy_ = 0;
 };
 

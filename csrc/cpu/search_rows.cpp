@@ -1,6 +1,7 @@
 #include "cpu/search_rows.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/search_network.h"
 #include "cpu/simd.h"
@@ -33,6 +34,54 @@ ACGKD_SHARED void multiply_block(const float* const* in, int64_t inputs, const f
     }
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) store(out[r] + column + v * kWidth<float>, total[r][v], kWidth<float>);
+    }
+  }
+}
+
+typedef float HalfVector __attribute__((vector_size(kVectorBytes / 2)));
+
+ACGKD_SHARED Vec<double> widened(const float* from) {
+  HalfVector v;
+  std::memcpy(&v, from, sizeof v);
+  return __builtin_convertvector(v, Vec<double>);
+}
+
+// Channels outside, rows inside, so that the sums stay in registers.
+template <bool kResidual>
+ACGKD_SHARED void activate_blocks(const Activation* rows, int64_t count, const float* scale, const float* shift,
+                                  int64_t stride, double* first, double* second) {
+  constexpr int kVectors = 2, kDoubles = 2 * kVectors;
+  for (int64_t column = 0; column < stride; column += kVectors * kWidth<float>) {
+    Vec<double> sum[kDoubles], square[kDoubles];
+    for (int d = 0; d < kDoubles; ++d) {
+      sum[d] = load(first + column + d * kWidth<double>);
+      square[d] = load(second + column + d * kWidth<double>);
+    }
+    Vec<float> factor[kVectors], offset[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      factor[v] = load(scale + column + v * kWidth<float>);
+      offset[v] = load(shift + column + v * kWidth<float>);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const Activation& row = rows[r];
+      for (int d = 0; d < kDoubles; ++d) {
+        const int64_t at = column + d * kWidth<double>;
+        const Vec<double> now = widened(row.fresh + at), before = widened(row.old + at);
+        sum[d] += now - before;
+        square[d] += now * now - before * before;
+      }
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t at = column + v * kWidth<float>;
+        const Vec<float> value = load(row.fresh + at) * factor[v] + offset[v];
+        // In this order a NaN stays one.
+        Vec<float> out = value < 0.0f ? Vec<float>{} : value;
+        if (kResidual) out += load(row.residual + at);
+        store(row.out + at, out, kWidth<float>);
+      }
+    }
+    for (int d = 0; d < kDoubles; ++d) {
+      store(first + column + d * kWidth<double>, sum[d], kWidth<double>);
+      store(second + column + d * kWidth<double>, square[d], kWidth<double>);
     }
   }
 }
@@ -73,22 +122,11 @@ ACGKD_CLONES void gather_row(const float* self, float self_weight, const float* 
   });
 }
 
-ACGKD_CLONES void activate_row(const float* __restrict fresh, const float* __restrict old,
-                               const float* __restrict scale, const float* __restrict shift,
-                               const float* __restrict residual, int64_t stride, float* __restrict out,
-                               double* __restrict first, double* __restrict second) {
-  for (int64_t k = 0; k < stride; ++k) {
-    const double now = fresh[k], before = old[k];
-    first[k] += now - before;
-    second[k] += now * now - before * before;
-  }
-  for (int64_t k = 0; k < stride; ++k) {
-    const float value = fresh[k] * scale[k] + shift[k];
-    // In this order a NaN stays one.
-    out[k] = value < 0.0f ? 0.0f : value;
-  }
-  if (!residual) return;
-  for (int64_t k = 0; k < stride; ++k) out[k] += residual[k];
+ACGKD_CLONES void activate_rows(const Activation* rows, int64_t count, const float* scale, const float* shift,
+                                int64_t stride, double* first, double* second) {
+  if (count == 0) return;
+  rows[0].residual ? activate_blocks<true>(rows, count, scale, shift, stride, first, second)
+                   : activate_blocks<false>(rows, count, scale, shift, stride, first, second);
 }
 
 ACGKD_CLONES void add_row(const float* __restrict row, int64_t stride, float* __restrict total) {

@@ -13,9 +13,15 @@ void multiply_rows(const float* const* in, int64_t rows, int64_t inputs, const f
 void gather_row(const float* self, float self_weight, const float* const* others, const float* weights, int64_t count,
                 float scale, const float* bias, int64_t stride, float* out);
 
-// out = relu(fresh scale + shift) (+ residual), and first += fresh - old, second += fresh^2 - old^2.
-void activate_row(const float* fresh, const float* old, const float* scale, const float* shift, const float* residual,
-                  int64_t stride, float* out, double* first, double* second);
+struct Activation {
+  const float *fresh, *old, *residual;
+  float* out;
+};
+
+// out = relu(fresh scale + shift) (+ residual), and first += fresh - old, second += fresh^2 - old^2, row by row. All
+// rows have a residual or none has.
+void activate_rows(const Activation* rows, int64_t count, const float* scale, const float* shift, int64_t stride,
+                   double* first, double* second);
 
 void add_row(const float* row, int64_t stride, float* total);
 void max_row(const float* row, int64_t stride, float* largest);
