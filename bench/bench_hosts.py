@@ -16,11 +16,22 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from host_loops import DosCondHost, GFKDHost, StatisticsHook, StealHost, kidd_host, ogmm_host, torch_uniforms
-from synthesis_loops import DenseGenerator, GenerativeHost, cmi_driver, dfad, meta_loop
+from host_loops import (
+    DosCondHost,
+    GFKDHost,
+    PGEHost,
+    StatisticsHook,
+    StealHost,
+    fedtad_host,
+    gammagl_host,
+    kidd_host,
+    ogmm_host,
+    torch_uniforms,
+)
+from synthesis_loops import DeepInversionHost, DenseGenerator, GenerativeHost, cmi_driver, dfad, meta_loop
 
 import acgkd_fast as af
-from acgkd_fast.hosts import doscond, gfkd, kidd, ogmm, pygip, stealgnn
+from acgkd_fast.hosts import doscond, fedtad, gammagl, gcond, gfkd, kidd, ogmm, pygip, stealgnn
 from acgkd_fast.hosts.vision import OneBatch
 from acgkd_fast.nn import build_model
 
@@ -135,6 +146,56 @@ def test_stealgnn(kind: str, contest: Any) -> None:
     contest({name: lambda n=name: step(n) for name in generators})
 
 
+@pytest.mark.parametrize("shape", ["70 x 1433", "90 x 500"])
+def test_gcond(shape: str, contest: Any) -> None:
+    """One call with its gradient at the sizes of condensed Cora and Flickr."""
+    nodes, features = (int(n) for n in shape.split(" x "))
+    networks = {"ours": gcond.PGE(features, nodes), "host": PGEHost(features, nodes)}
+    x, weight = torch.randn(nodes, features).requires_grad_(), torch.randn(nodes, nodes)
+    contest({name: lambda n=network: (n(x) * weight).sum().backward() for name, network in networks.items()})
+
+
+def test_fedtad(contest: Any) -> None:
+    """One pseudo-graph of 100 nodes through a two-layer client, with the gradient; the host's topology gets none."""
+    pytest.importorskip("torch_geometric")
+    layers = af.nn.GCNConv(64, 64), af.nn.GCNConv(64, 7)
+    features = torch.randn(100, 64).requires_grad_()
+
+    def step(construct: Any) -> None:
+        unit = torch.nn.functional.normalize(features, dim=1)
+        x, edges = construct(features, unit @ unit.t())
+        layers[1](torch.relu(layers[0](x, edges)), edges).square().mean().backward()
+
+    def ours(x: torch.Tensor, similarity: torch.Tensor) -> Any:
+        data = fedtad.construct_graph(x, similarity)
+        return data.x, data.edge_index
+
+    contest({"ours": lambda: step(ours), "host": lambda: step(lambda x, s: fedtad_host(x, s, 5))})
+
+
+def test_gammagl(contest: Any) -> None:
+    """A batch of 128 graphs of 40 nodes and 7 labels from logits through a GIN, with the gradient the host has not."""
+    generator = gammagl.DFADGenerator([64, 128, 256], 32, 40, 7, 0.5)
+    net = build_model("gin5-64", 7, 2).eval().requires_grad_(False)
+    z = torch.randn(128, 32)
+
+    def ours() -> None:
+        for graphs in gammagl.data_construct(128, *generator(z)):
+            net(graphs.x, graphs.edges).square().mean().backward()
+
+    def forward_only() -> None:
+        with torch.no_grad():
+            for graphs in gammagl.data_construct(128, *generator(z)):
+                net(graphs.x, graphs.edges.drop_zeros())
+
+    def theirs() -> None:
+        with torch.no_grad():
+            for x, edge_index, batch in gammagl_host(128, *generator(z)):
+                net(x, edge_index, None, batch)
+
+    contest({"ours": ours, "ours, no gradient": forward_only, "host": theirs})
+
+
 def graph_models() -> tuple[OneBatch, OneBatch]:
     torch.manual_seed(0)
     teacher = OneBatch(build_model("gcn5-64", 7, 2).eval().requires_grad_(False))
@@ -187,3 +248,33 @@ def test_dfad(contest: Any) -> None:
             for name, generator in contenders.items()
         }
     )
+
+
+def test_deep_inversion(contest: Any) -> None:
+    """Ten steps on 64 graphs of 10 to 29 nodes from free inputs; the host has dense relaxed matrices."""
+    teacher, student = graph_models()
+    losses, rng = {"adv": 0.5, "bn": 0.1, "oh": 1.0}, torch.Generator().manual_seed(0)
+    sizes = torch.arange(64) % 20 + 10
+    mask = torch.arange(29) < sizes[:, None]
+
+    def ours() -> None:
+        options = {"engine": "learn", "iterations": 10, "synthesis_batch_size": 64}
+        af.GraphSynthesizer(teacher, student, **options, **losses).synthesize()  # type: ignore[arg-type]
+
+    def theirs() -> None:
+        logits, features = torch.full((64, 29, 29), -2.0), torch.randn(64, 29, 7, generator=rng)
+        start = logits.requires_grad_(), features.requires_grad_(), mask, torch.arange(64) % 2
+        host = DeepInversionHost(
+            teacher,
+            student,
+            iterations=10,
+            rates=(0.1, 0.01),
+            start=start,
+            uniforms=lambda step: torch_uniforms(64, 29),
+            **losses,
+        )
+        host.synthesize()
+        for hook in host.hooks:
+            hook.close()
+
+    contest({"ours": ours, "host": theirs})

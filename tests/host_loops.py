@@ -167,3 +167,53 @@ class StealHost(nn.Module):
             adj = (adj + adj.T) / 2
         adj = adj * (1 - torch.eye(n))
         return x, adj / adj.sum(1, keepdim=True).clamp(min=1)
+
+
+class PGEHost(nn.Module):
+    """GCond's network on the concatenated features of all n^2 pairs."""
+
+    def __init__(self, nfeat, nnodes, nhid=128, nlayers=3):
+        super().__init__()
+        widths = [2 * nfeat] + [nhid] * (nlayers - 1) + [1]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.bns = nn.ModuleList(nn.BatchNorm1d(nhid) for _ in range(nlayers - 1))
+        self.pairs = torch.cartesian_prod(torch.arange(nnodes), torch.arange(nnodes)).T
+
+    def forward(self, x, inference=False):
+        h = torch.cat([x[self.pairs[0]], x[self.pairs[1]]], 1)
+        for layer, norm in zip(self.layers, self.bns, strict=False):
+            h = norm(layer(h)).relu()
+        logits = self.layers[-1](h).view(len(x), len(x))
+        adj = torch.sigmoid((logits + logits.T) / 2)
+        return adj - torch.diag(torch.diag(adj))
+
+    @torch.no_grad()
+    def inference(self, x):
+        return self.forward(x, inference=True)
+
+
+def fedtad_host(node_logits, adj_logits, k):
+    """FedTAD's edge list: k best columns of every row, row by row, made symmetric, with self-loops twice."""
+    adjacency = torch.zeros_like(adj_logits)
+    best = adj_logits.topk(k, dim=1).indices
+    for i in range(len(node_logits)):
+        adjacency[i, best[i]] = 1
+    adjacency = ((adjacency + adjacency.T) > 0).long().fill_diagonal_(1)
+    loops = torch.arange(len(node_logits)).expand(2, -1)
+    return node_logits, torch.cat([adjacency.nonzero().T, loops], 1)
+
+
+def gammagl_host(batch_size, edges_logits, nodes_logits):
+    """GammaGL's batches: logits to integers, one-hot rows entry by entry, one edge list per graph."""
+    best = nodes_logits.softmax(-1).argmax(-1)
+    features = torch.zeros_like(nodes_logits)
+    for g, nodes in enumerate(best):
+        for j, index in enumerate(nodes):
+            features[g, j, index] = 1
+    adjacency = torch.sigmoid(edges_logits.long().float()) > 0.3
+    graphs, n = best.shape
+    for first in range(0, graphs, batch_size):
+        chosen = range(first, min(first + batch_size, graphs))
+        edges = torch.cat([adjacency[g].nonzero().T + i * n for i, g in enumerate(chosen)], 1)
+        batch = torch.arange(len(chosen)).repeat_interleave(n)
+        yield features[list(chosen)].flatten(0, 1), edges, batch

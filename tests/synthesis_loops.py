@@ -152,3 +152,48 @@ def dfad(generator, teacher, student, *, rounds=3, student_steps=5, nz=32, graph
         to_generator.step()
         losses.append(loss.item())
     return losses
+
+
+class DeepInversionHost:
+    """CMI's DeepInversion: free inputs, one Adam, hooks for life; its pool is the last batch.
+
+    Inputs are padded logits [B, n, n] and features [B, n, F], drawn relaxed, cut at the end.
+    """
+
+    def __init__(self, teacher, student, *, iterations, rates, start, uniforms, adv, bn, oh):
+        self.teacher, self.student, self.iterations, self.uniforms = teacher, student, iterations, uniforms
+        self.weights = adv, bn, oh
+        self.logits, self.features, self.mask, self.y = start
+        self.optimizer = torch.optim.Adam(
+            [{"params": [self.logits], "lr": rates[0]}, {"params": [self.features], "lr": rates[1]}]
+        )
+        self.hooks = [StatisticsHook(m) for m in teacher.modules() if isinstance(m, nn.BatchNorm1d)]
+
+    def draw(self, step, hard):
+        n, u = self.logits.shape[1], self.uniforms(step)
+        theta = (self.logits + self.logits.mT) / 2 + u.log() - (1 - u).log()
+        theta = theta.masked_fill(torch.eye(n, dtype=torch.bool), -torch.inf)
+        kept = self.mask[:, :, None] & self.mask[:, None, :]
+        adjacency = (theta > 0).float() if hard else torch.sigmoid(theta)
+        soft = self.features.softmax(-1)
+        x = nn.functional.one_hot(soft.argmax(-1), soft.shape[-1]).float() if hard else soft
+        return af.GraphBatch.from_dense(x * self.mask[..., None], adjacency * kept, self.mask, self.y)
+
+    def synthesize(self, targets=None):
+        self.student.eval()
+        adv, bn, oh = self.weights
+        for step in range(self.iterations):
+            graphs = self.draw(step, hard=False)
+            t_out, s_out = self.teacher(graphs), self.student(graphs)
+            loss = oh * nn.functional.cross_entropy(t_out, self.y) + bn * sum(h.r_feature for h in self.hooks)
+            loss = loss - adv * kl(s_out, t_out)
+            self.optimizer.zero_grad()
+            loss.backward()
+            assert self.logits.grad.any() and self.features.grad.any()
+            self.optimizer.step()
+        with torch.no_grad():
+            self.pool = self.draw(self.iterations, hard=True)
+        return {"synthetic": self.pool}
+
+    def sample(self):
+        return self.pool

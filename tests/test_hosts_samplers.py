@@ -21,6 +21,7 @@ from host_loops import (
 import acgkd_fast as af
 from acgkd_fast.errors import InputError
 from acgkd_fast.hosts import doscond, gfkd, kidd, ogmm
+from acgkd_fast.hosts.hooks import BatchNormHooks
 from acgkd_fast.nn import build_model
 
 
@@ -318,3 +319,52 @@ def test_ogmm_trains_its_structure():
     torch.nn.functional.cross_entropy(teacher(generator.graphs()), generator.labels).backward()
     for name, parameter in generator.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name
+
+
+def merge_source(generator, generate, statistics, steps=5):
+    """OGMM's inversion of one source model: cross-entropy and BatchNorm statistics, a fresh draw per step."""
+    torch.manual_seed(0)
+    net = build_model("gcn3-8", 4, 2).eval().requires_grad_(False)
+    for block in net.blocks:
+        torch.nn.init.uniform_(block.norm.running_var, 0.5, 2.0)
+    optimizer = torch.optim.Adam(generator.parameters(), lr=1e-2)
+    losses, before = [], generator.last.weight.detach().clone()
+    for _ in range(steps):
+        graphs = generate()
+        loss = statistics(net, lambda graphs=graphs: net(graphs.x, graphs.edges), graphs.y)
+        optimizer.zero_grad()
+        loss.backward()
+        assert generator.first.weight.grad.any() and generator.features.grad.any()
+        optimizer.step()
+        losses.append(loss.item())
+    assert not torch.equal(generator.last.weight, before)
+    return losses, sum(len(m._forward_hooks) for m in net.modules())
+
+
+def test_ogmm_inverts_its_source_as_before():
+    def make():
+        generator = ogmm.GraphGenerator(5, 4, 2, min_nodes=3, max_nodes=7, cut=0.5, seed=8)
+        with torch.no_grad():
+            generator.last.weight.mul_(8.0)
+        return generator
+
+    def leaking(net, answer, y):
+        hooks = [StatisticsHook(m) for m in norms(net)]
+        return torch.nn.functional.cross_entropy(answer(), y) + 0.1 * sum(h.r_feature for h in hooks)
+
+    def scoped(net, answer, y):
+        with BatchNormHooks(net) as hooks:
+            return torch.nn.functional.cross_entropy(answer(), y) + 0.1 * hooks.loss()
+
+    ours, host, uniforms = make(), make(), Uniforms(8, directed=True, self_loops=True)
+
+    def host_batch():
+        labels, matrices, features = ogmm_host(host, uniforms)
+        return ogmm.as_batch(matrices, features, labels)
+
+    wanted, leaked = merge_source(host, host_batch, leaking)
+    found, left = merge_source(ours, ours.graphs, scoped)
+    assert found == pytest.approx(wanted, rel=1e-3)
+    for mine, other in zip(ours.parameters(), host.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-2, atol=1e-3)
+    assert leaked == 10 and left == 0
