@@ -11,6 +11,12 @@ namespace {
 // A share of a core's second level cache, 1 MiB and more on current servers.
 constexpr int64_t kPrefetchedBytes = 1 << 18;
 
+// `kLocality` 3 asks for the first level cache, 2 for the second.
+template <int kLocality>
+void fetch_row(const float* row, int64_t stride) {
+  for (int64_t k = 0; k < stride; k += kTile) __builtin_prefetch(row + k, 0, kLocality);
+}
+
 }  // namespace
 
 Workspace::Workspace(const Network& network, int64_t max_nodes)
@@ -150,8 +156,7 @@ void SearchGraph::prefetch() const {
   int64_t left = kPrefetchedBytes / (stride_ * static_cast<int64_t>(sizeof(float)));
   const auto fetch = [&](int64_t plane, int64_t node) {
     if (left-- <= 0) return;
-    const float* from = resident(plane, node);
-    for (int64_t k = 0; k < stride_; k += kTile) __builtin_prefetch(from + k, 0, 2);
+    fetch_row<2>(resident(plane, node), stride_);
   };
   const auto fetch_reached = [&](int64_t plane, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) fetch(plane, dirty_[i]);
@@ -263,6 +268,11 @@ void SearchGraph::layer_rows(int64_t l, bool anew, Workspace& work) {
   double* change = work.scores.change.data() + l * (network_.gin ? 4 : 2) * stride_;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t node = dirty_[i];
+    if (!anew) {
+      // What `activate` takes the difference from, into the first level cache.
+      fetch_row<3>(resident(aggregate_plane(l), node), stride_);
+      if (network_.gin) fetch_row<3>(resident(last, node), stride_);
+    }
     const std::vector<int32_t>& list = neighbours_[node];
     const float scale = network_.gin ? 1.0f : degree_scale_[node];
     for (size_t j = 0; j < list.size(); ++j) {

@@ -1,7 +1,6 @@
 #include "cpu/search_rows.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "cpu/search_network.h"
 #include "cpu/simd.h"
@@ -38,12 +37,10 @@ ACGKD_SHARED void multiply_block(const float* const* in, int64_t inputs, const f
   }
 }
 
-typedef float HalfVector __attribute__((vector_size(kVectorBytes / 2)));
-
+// Spelt out, because __builtin_convertvector takes half a vector apart.
 ACGKD_SHARED Vec<double> widened(const float* from) {
-  HalfVector v;
-  std::memcpy(&v, from, sizeof v);
-  return __builtin_convertvector(v, Vec<double>);
+  if constexpr (kWidth<double> == 4) return Vec<double>{from[0], from[1], from[2], from[3]};
+  else return Vec<double>{from[0], from[1]};
 }
 
 // Channels outside, rows inside, so that the sums stay in registers.
