@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 COMMIT := $(shell git rev-parse --short HEAD 2>/dev/null || echo uncommitted)
 
-.PHONY: demo test bench bench-compare instructions gpu-check lint clean
+.PHONY: demo test bench bench-compare instructions performance gpu-check lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/acgkd-fast demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -16,7 +16,7 @@ test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m pytest -q bench --benchmark-json=bench/results/$(COMMIT).json
+	$(BIN)/python bench/run.py --out bench/results/$(COMMIT)
 
 # What became slower since BASE (a commit with results, or a file), relative to peers measured in the same run.
 bench-compare: $(VENV)/.bench
@@ -25,6 +25,10 @@ bench-compare: $(VENV)/.bench
 
 instructions: $(VENV)/.bench
 	$(BIN)/python bench/instructions.py --out bench/results/instructions-$(COMMIT).json
+
+# docs/performance.md and its pictures, from what bench/results holds.
+performance: $(VENV)/.bench
+	$(BIN)/python bench/performance.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
-"""Did anything become slower? Two result files of `make bench`, or two of bench/instructions.py, side by side.
+"""Did anything become slower? Two results of `make bench`, or two of bench/instructions.py, side by side.
 
-    python bench/compare.py BASE NEW        files, or commits whose results lie in bench/results/
+    python bench/compare.py BASE NEW        files or folders, or commits whose results lie in bench/results/
 
 Times are compared relative to the peers that were measured in the same run, so that a slower machine or a busy hour
 changes nothing: a benchmark counts as slower if we lost ground to every one of its peers by more than the tolerance.
@@ -42,14 +42,23 @@ class Change:
 
 
 def find(name: str) -> Path:
-    """A result file by path or by the beginning of its name in bench/results."""
-    if Path(name).is_file():
+    """A result file or folder by path, or by the beginning of its name in bench/results."""
+    if Path(name).exists():
         return Path(name)
-    found = sorted(RESULTS.glob(f"{name}*.json"))
+    known = [path for path in sorted(RESULTS.iterdir()) if path.is_dir() or path.suffix == ".json"]
+    found = [path for path in known if path.name.startswith(name)]
     if len(found) != 1:
-        have = ", ".join(path.stem for path in sorted(RESULTS.glob("*.json"))) or "no results"
-        raise SystemExit(f"compare: expected one result file for {name!r}, got {len(found)}; in {RESULTS}: {have}")
+        have = ", ".join(path.stem for path in known) or "no results"
+        raise SystemExit(f"compare: expected one result for {name!r}, got {len(found)}; in {RESULTS}: {have}")
     return found[0]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The content of a result file, or of all files of a folder together."""
+    if path.is_file():
+        return json.loads(path.read_text())
+    parts = [json.loads(file.read_text()) for file in sorted(path.glob("*.json"))]
+    return {"benchmarks": [entry for part in parts for entry in part["benchmarks"]]}
 
 
 def ratios(results: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -99,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("new")
     parser.add_argument("--tolerance", type=float, help="share that may be lost [default: 0.3; instructions 0.02]")
     given = parser.parse_args(arguments)
-    base, new = (json.loads(find(name).read_text()) for name in (given.base, given.new))
+    base, new = (load(find(name)) for name in (given.base, given.new))
     changes, tolerance = compare(base, new)
     if not changes:
         raise SystemExit("compare: expected benchmarks that both files hold, got none")

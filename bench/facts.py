@@ -107,7 +107,7 @@ def report(
     """The `extra_info` of a benchmark.
 
     Args:
-        seconds: times of the rounds of each contender, ours first.
+        seconds: times of the rounds of each contender, ours first; further ones called "ours, ..." are no peers.
         device: "cpu" or "cuda".
         absent: why a peer is missing, by name.
         moved: bytes that a fused pass must read and write.
@@ -116,7 +116,8 @@ def report(
         info: what else the benchmark says of its input.
     """
     medians = {label: statistics.median(times) for label, times in seconds.items()}
-    ours, *peers = medians
+    ours, *others = medians
+    peers = [label for label in others if not label.startswith("ours")]
     found = {
         **info,
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),

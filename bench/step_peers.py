@@ -148,9 +148,9 @@ def _straight_through(logits: torch.Tensor) -> torch.Tensor:
     return (soft > 0.5).to(soft.dtype) + soft - soft.detach()
 
 
-def pyg_drawn_edges(shape: Shape, device: str = "cpu") -> Callable[[], torch.Tensor]:
-    """PyTorch Geometric on the drawn edges: gradient for drawn edges only."""
-    start = make_pseudo_graphs(shape, device)
+def pyg_drawn_edges(shape: Shape, device: str = "cpu", start: PseudoGraphs | None = None) -> Callable[[], torch.Tensor]:
+    """PyTorch Geometric on the drawn edges: gradient for drawn edges only. Moves `start`, or graphs of its own."""
+    start = start or make_pseudo_graphs(shape, device)
     teacher = PyGTeacher(make_teacher(shape, device=device)).to(device)
     row, col = start.layout.pair_nodes()
     batch = start.layout.graph_of_node()
@@ -231,8 +231,8 @@ def check_agreement(shape: Shape, device: str = "cpu") -> None:
 
 
 STEPS: dict[str, Callable[[Shape], Callable[[], torch.Tensor]]] = {
-    "acgkd-fast sparse straight-through": lambda shape: ours(shape, "sparse_straight_through"),
-    "acgkd-fast straight-through, all candidates": lambda shape: ours(shape, "straight_through"),
+    "ours": lambda shape: ours(shape, "sparse_straight_through"),
+    "ours, straight-through for all candidates": lambda shape: ours(shape, "straight_through"),
     "PyG GCNConv on drawn edges": pyg_drawn_edges,
     "padded dense bmm": dense_bmm,
 }

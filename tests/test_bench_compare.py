@@ -54,12 +54,23 @@ def test_instructions_are_compared_as_they_are(tmp_path):
     assert compare.main(files(tmp_path, more, base)) == 0
 
 
+def test_a_folder_counts_as_all_of_its_files(tmp_path):
+    for run, ratio in (("base", 4.0), ("new", 2.0)):
+        (tmp_path / run).mkdir()
+        for name in ("a", "b"):
+            content = results(**{name: {"pyg": ratio if name == "a" else 3.0}})
+            (tmp_path / run / f"{name}.json").write_text(json.dumps(content))
+    base, new = (compare.load(tmp_path / run) for run in ("base", "new"))
+    changes, tolerance = compare.compare(base, new)
+    assert {change.name: change.slower(tolerance) for change in changes} == {"a": True, "b": False}
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="expected two files"):
         compare.main(files(tmp_path, results(a={"pyg": 1.0}), {"instructions": {}}))
     with pytest.raises(SystemExit, match="expected benchmarks that both files hold"):
         compare.main(files(tmp_path, results(a={"pyg": 1.0}), results(b={"pyg": 1.0})))
-    with pytest.raises(SystemExit, match="expected one result file for 'nowhere'"):
+    with pytest.raises(SystemExit, match="expected one result for 'nowhere'"):
         compare.main(["nowhere", "nowhere"])
 
 
