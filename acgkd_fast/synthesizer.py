@@ -266,6 +266,7 @@ class GraphSynthesizer:
             c_bn=self.learn.c_bn if self.bn is None else self.bn / oh,
             c_oh=self.learn.c_oh / oh,
             c_degree=self.learn.c_degree / oh,
+            target_degree=self.learn.target_degree or self.prior.expected_degree,
         )
         pseudo = PseudoGraphs.from_graphs(start, feature_kind=self.prior.feature_kind).to(self.device)
         extra = None if self.adv == 0.0 else lambda graphs, logits: self._disagreement(graphs, logits) / oh

@@ -153,11 +153,12 @@ def run_demo(out: Path, *, quick: bool, seed: int, progress: Progress) -> str:
     config = RunConfig().with_settings(
         {
             "seed": seed,
-            "num_graphs": 60 if quick else 400,
+            "num_graphs": 60 if quick else RunConfig().num_graphs,
             "prior.feature_kind": data.feature_kind,
             "prior.min_nodes": 20,
             "prior.max_nodes": 30,
-            "refine.steps": 200 if quick else 1500,
+            "density_steps": 100 if quick else RunConfig().density_steps,
+            "refine.steps": 200 if quick else RunConfig().refine.steps,
             "student.epochs": 10 if quick else RunConfig().student.epochs,
         }
     )

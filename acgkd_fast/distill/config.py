@@ -29,7 +29,7 @@ class RunConfig:
         density_steps: of each short search for the prior's mean degree where that is not stated
             (:func:`~.density.find_density`); 0 leaves it out.
         learn: the gradient stage; ``steps = 0`` leaves it out.
-        refine: the search over hard graphs; ``steps = 0`` leaves it out.
+        refine: the search over hard graphs; ``steps = 0`` leaves it out. Labels are dealt after a quarter of it.
         student: training of the student.
     """
 
@@ -39,7 +39,7 @@ class RunConfig:
     density_steps: int = 600
     prior: GraphPrior = field(default_factory=GraphPrior)
     learn: LearnSettings = field(default_factory=lambda: LearnSettings(steps=0))
-    refine: RefineSettings = field(default_factory=RefineSettings)
+    refine: RefineSettings = field(default_factory=lambda: RefineSettings(unlabelled=0.25))
     student: StudentSettings = field(default_factory=StudentSettings)
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class RunConfig:
         Raises:
             InputError: an unknown setting, or a value outside its range.
         """
-        return _build(cls, values, "config")
+        return _build(cls, values, "config", cls())
 
     @classmethod
     def from_file(cls, path: Path) -> RunConfig:
@@ -94,17 +94,17 @@ class RunConfig:
         return self.from_dict(values)
 
 
-def _build(cls: type[Any], values: dict[str, Any], where: str) -> Any:
+def _build(cls: type[Any], values: dict[str, Any], where: str, defaults: Any) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise InputError(f"{where}: expected settings among {', '.join(fields)}, got {', '.join(unknown)}")
-    arguments = {}
+    arguments = {name: getattr(defaults, name) for name in fields}
     for name, value in values.items():
         nested = _NESTED.get(name)
         if nested and not isinstance(value, dict):
             raise InputError(f"{where}.{name}: expected an object of settings, got {value!r}")
-        arguments[name] = _build(nested, value, f"{where}.{name}") if nested else value
+        arguments[name] = _build(nested, value, f"{where}.{name}", arguments[name]) if nested else value
     try:
         return cls(**arguments)
     except TypeError as error:

@@ -24,7 +24,7 @@ def refine(
     graphs: GraphBatch,
     teacher: Teacher | nn.Module,
     *,
-    steps: int = 2000,
+    steps: int = 8000,
     lam_k: float = 3.0,
     w_ce: float = 1.0,
     cap: float = 0.1,
