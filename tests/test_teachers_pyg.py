@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,28 +113,61 @@ def test_an_adapter_is_left_alone():
     assert teacher.accepts_edge_weight and teacher.has_adapter
 
 
+def readme_code(heading):
+    """The first block of Python under a heading of the README."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    found = re.search(rf"^## {heading}\n.*?```python\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def with_degrees(graphs):
+    """One-hot degrees 0 to 6 as node labels."""
+    degree = graphs.edges.rowptr.diff().long().clamp(max=6)
+    return af.GraphBatch(nn.functional.one_hot(degree, 7).float(), graphs.edges, graphs.y)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_ten_lines_on_models_we_did_not_write(kind):
-    """The example of the README, in small: teach one of theirs, drop the data, refine, distil."""
+def test_the_readmes_ten_lines_on_models_we_did_not_write(kind, accelerated, monkeypatch):
+    """Teach one of theirs, drop the data, run the README's own text with less to do, and measure the student."""
     torch.manual_seed(0)
     data = house_or_cycle(24)
-    seen, held_out = (data.graphs.select(part) for part in stratified_split(data.graphs.y, seed=0))
-    model = WithHead(kind, features=1, width=6, classes=2)
+    seen, held_out = (with_degrees(data.graphs.select(part)) for part in stratified_split(data.graphs.y, seed=0))
+    model = WithHead(kind, features=7, width=6, classes=2)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(3):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(seen.x, seen.to_edge_index()[0], seen.batch()), seen.y).backward()
         optimizer.step()
 
-    teacher = af.as_teacher(af.accelerate(model))
-    prior = af.GraphPrior(min_nodes=8, max_nodes=12, mean_degree=2.05, feature_kind="constant")
-    start = af.start_graphs(teacher, prior, num_graphs=12, seed=0)
-    pool = af.refine(start, teacher, steps=5, seed=0).graphs
-    student = af.distill_student(teacher, pool, "gcn3-8", af.StudentSettings(epochs=2))
+    code = readme_code("On your own model, in ten lines")
+    assert len(code.splitlines()) <= 10 and "num_graphs=400" in code
+    short = code.replace("num_graphs=400", "num_graphs=12")
+    monkeypatch.setattr(af, "refine", functools.partial(af.refine, steps=5))
+    monkeypatch.setattr(
+        af, "distill_student", functools.partial(af.distill_student, settings=af.StudentSettings(epochs=2))
+    )
+    names = {"model": af.accelerate(model) if accelerated else model}
+    exec(short, names)
+    teacher, pool, student = names["teacher"], names["pool"], names["student"]
     scores = evaluate(student, held_out)
     assert scores["num_graphs"] == held_out.num_graphs and 0 <= scores["accuracy"] <= 1
-    assert pool.num_graphs == 12 and teacher(pool).shape == (12, 2)
+    assert pool.num_graphs == 12 and teacher(pool).shape == (12, 2) and teacher.accepts_edge_weight is accelerated
+    assert student(pool.x, pool.to_edge_index()[0], batch=pool.batch()).shape == (12, 2)
+    assert names["start"].num_graphs == 12 and model is teacher.module
+
+
+def test_the_readmes_pieces():
+    layout = af.PairLayout.complete([12, 30, 7])
+    logits = normal(layout.num_pairs, 0, torch.float32).requires_grad_()
+    x = normal((49, 5), 1, torch.float32).requires_grad_()
+    names = {"af": af, "x": x, "logits": logits}
+    exec(readme_code("The pieces"), names)
+    assert names["out"].shape == (3, 5)
+    grads = torch.autograd.grad(names["out"].square().sum(), [x, logits])
+    assert all((grad != 0).any() for grad in grads)
 
 
 # The view that stands in for a DGL graph.
