@@ -61,7 +61,8 @@ def differentiate(qualified: str, backward: Callable[..., Any], setup_context: C
 
     Args:
         qualified: what :func:`define` returned.
-        backward: (ctx, *gradients of the outputs) -> gradients of the inputs; see :func:`first_order`.
+        backward: (ctx, *gradients of the outputs) -> gradients of the inputs; see :func:`first_order`. The
+            gradient of an output that nobody used is None.
         setup_context: (ctx, inputs, output), called after the operator ran.
     """
     name = qualified.removeprefix(f"{NAMESPACE}::")
@@ -70,10 +71,17 @@ def differentiate(qualified: str, backward: Callable[..., Any], setup_context: C
     def forward(ctx: Any, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             output = operator(*args)
+        # Outputs without a gradient, index tensors among them, would each get a tensor of zeros in every backward.
+        ctx.set_materialize_grads(False)
         setup_context(ctx, args, output)
         return output
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(first_order(backward))}
+    def backward_if_used(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *grads)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(first_order(backward_if_used))}
     function: Any = type(f"{name}_gradient", (torch.autograd.Function,), members)
 
     def run(*args: Any) -> Any:

@@ -88,15 +88,17 @@ class GraphBatch:
         unfit = chosen.numel() > 0 and (chosen.is_floating_point() or chosen.dtype == torch.bool)
         check(not unfit, "graphs", "integer positions", chosen)
         chosen = chosen.long()
-        if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < self.num_graphs:
+        low, high = torch.aminmax(chosen) if chosen.numel() else (0, -1)
+        if chosen.numel() and not 0 <= int(low) <= int(high) < self.num_graphs:
             raise fail("graphs", f"positions in 0..{self.num_graphs - 1}", chosen.tolist())
         edges = self.edges
         nodes, ptr = _concatenated_ranges(self.ptr, chosen)
-        entries, entry_ptr = _concatenated_ranges(edges.rowptr.long()[self.ptr], chosen)
-        shift = (ptr[:-1] - self.ptr[chosen]).repeat_interleave(entry_ptr[1:] - entry_ptr[:-1])
-        counts = (edges.rowptr[1:] - edges.rowptr[:-1])[nodes]
-        rowptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-        col = (edges.col.long()[entries] + shift).int()
+        # Sizes of the part alone: a training loop takes hundreds of small parts of one large pool.
+        entries, entry_ptr = _concatenated_ranges(edges.rowptr[self.ptr].long(), chosen)
+        shift = (ptr[:-1] - self.ptr[chosen]).int()
+        col = edges.col[entries] + shift.repeat_interleave(entry_ptr.diff(), output_size=entries.numel())
+        rowptr = edges.rowptr.new_zeros(nodes.numel() + 1)
+        torch.cumsum(edges.rowptr[nodes + 1] - edges.rowptr[nodes], 0, dtype=torch.int32, out=rowptr[1:])
         picked = EdgeSample(rowptr, col, edges.value[entries], ptr, edges.symmetric)
         # What no graph has, no part has: saves training loops a test per mini-batch.
         picked._has_self_loops = False if edges.layout is not None or edges._has_self_loops is False else None
@@ -260,8 +262,10 @@ def _pyg_data(wanted_by: str) -> Any:
 
 def _concatenated_ranges(ptr: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices ptr[c] .. ptr[c + 1] - 1 of every c in `chosen`, one after the other, and their offsets."""
-    counts = ptr[chosen + 1] - ptr[chosen]
-    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    first = ptr[chosen]
+    counts = ptr[chosen + 1] - first
+    offsets = ptr.new_zeros(chosen.numel() + 1)
+    torch.cumsum(counts, 0, out=offsets[1:])
     total = int(offsets[-1])
-    start = (ptr[chosen] - offsets[:-1]).repeat_interleave(counts, output_size=total)
-    return torch.arange(total, device=ptr.device) + start, offsets
+    start = (first - offsets[:-1]).repeat_interleave(counts, output_size=total)
+    return torch.arange(total, device=ptr.device).add_(start), offsets

@@ -17,7 +17,7 @@ from bench_memory import Case, measure, peak_bytes
 LAW = {
     "sparse_straight_through": {"pair": 16, "entry": 20, "node_number": 12},
     "straight_through": {"pair": 20, "entry": 20, "node_number": 14},
-    "relaxed": {"pair": 80, "node_number": 12},
+    "relaxed": {"pair": 56, "node_number": 12},
 }
 
 

@@ -69,26 +69,33 @@ def _moments_setup(ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Te
     ctx.save_for_backward(inputs[0], output[0])
 
 
-def _moments_backward(ctx: Any, grad_mean: torch.Tensor, grad_variance: torch.Tensor) -> torch.Tensor:
+def _zeros_for(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like) if grad is None else grad.contiguous()
+
+
+def _moments_backward(ctx: Any, grad_mean: torch.Tensor | None, grad_variance: torch.Tensor | None) -> torch.Tensor:
     x, mean = ctx.saved_tensors
     grad: torch.Tensor = torch.ops.acgkd_fast.column_moments_backward(
-        grad_mean.contiguous(), grad_variance.contiguous(), x, mean
+        _zeros_for(grad_mean, mean), _zeros_for(grad_variance, mean), x, mean
     )
     return grad
 
 
 def _frozen_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, residual, *statistics, eps, moments = inputs
+    x, residual, *statistics, eps, _moments = inputs
     ctx.save_for_backward(x, output[1], *statistics)
     ctx.eps = eps
     ctx.has_residual = residual is not None
-    ctx.has_moments = moments
 
 
-def _frozen_backward(ctx: Any, grad_out: torch.Tensor, *grad_moments: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    grad_mean, grad_variance = (g.contiguous() for g in grad_moments) if ctx.has_moments else (None, None)
+def _frozen_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    grad_out, grad_mean, grad_variance = grads
+    x, mean, *statistics = ctx.saved_tensors
+    if grad_mean is not None or grad_variance is not None:
+        grad_mean, grad_variance = _zeros_for(grad_mean, mean), _zeros_for(grad_variance, mean)
+    grad_out = _zeros_for(grad_out, x)
     grad_x = torch.ops.acgkd_fast.frozen_norm_relu_backward(
-        grad_out.contiguous(), grad_mean, grad_variance, *ctx.saved_tensors, ctx.eps
+        grad_out, grad_mean, grad_variance, x, mean, *statistics, ctx.eps
     )
     return grad_x, grad_out if ctx.has_residual else None, None, None, None, None, None, None
 
