@@ -6,6 +6,7 @@ are the same in every cell, the last epoch counts, and a method sees the teacher
 
 from __future__ import annotations
 
+import json
 import statistics
 import tempfile
 import time
@@ -26,7 +27,7 @@ from .distill.density import find_density
 from .distill.metrics import MetricsLog
 from .distill.pool import random_pool
 from .distill.run import Run
-from .distill.student import distill_student, plain_student, teacher_logits
+from .distill.student import distill_student, plain_student, pool_agreement, teacher_logits
 from .errors import InputError, check
 from .graphs import GraphBatch
 from .nn.models import parse_arch
@@ -48,12 +49,26 @@ MEAN_NODES = {
 _MOST_GFKD_PAIRS = 3_000_000
 _MOST_DFAD_PAIRS = 20_000_000
 
+# Our own method with one part changed at a time.
 VARIANTS: dict[str, dict[str, Any]] = {
     "acgkd-fast": {},
     "learn only": {"learn.steps": 400, "refine.steps": 0},
+    "learn only, xi 0.3": {"learn.steps": 400, "refine.steps": 0, "xi": 0.3},
     "learn then refine": {"learn.steps": 400},
     "refine without K": {"refine.lam_k": 0.0},
     "refine without CE": {"refine.w_ce": 0.0},
+    "a quarter of the steps": {"refine.steps": 2000},
+    "labels at random": {"refine.unlabelled": 0.0},
+    "density not looked for": {"prior.mean_degree": 2.05},
+    "connected graphs": {"refine.connected": True},
+    "reused classifier, GAT": {"student.reuse_classifier": True},
+    "reused classifier, linear": {"student.reuse_classifier": True, "student.projector": "linear"},
+    "reused classifier, GAT, features": {"student.reuse_classifier": True, "student.feature_weight": 1.0},
+    "curriculum, teacher's loss": {"student.curriculum.difficulty": "teacher_loss"},
+    "curriculum, self-paced": {"student.curriculum.difficulty": "disagreement"},
+    "adversarial temperature": {"student.adversary.mode": "global"},
+    "adversarial temperature, per graph": {"student.adversary.mode": "graph"},
+    "mean square of logits": {"student.kl_weight": 0.0, "student.mse_weight": 1.0},
 }
 
 Report = Callable[[str], None]
@@ -168,6 +183,8 @@ class Table:
         self._report = report or (lambda _: None)
         out.parent.mkdir(parents=True, exist_ok=True)
         self._log = MetricsLog(out)
+        # Of one case, by the settings that made them: rows that differ in the student alone share a pool.
+        self._pools: dict[str, tuple[GraphBatch, dict[str, Any]]] = {}
 
     def run(
         self,
@@ -199,7 +216,8 @@ class Table:
             check(name in MEAN_NODES, "datasets", f"names among {', '.join(MEAN_NODES)}", name)
         for arch in (*teachers, *students):
             parse_arch(arch)
-        changed = {name: self.config.with_settings(changes) for name, changes in variants.items() if name in rows}
+        for name in rows:
+            self.config.with_settings(variants.get(name, {}))
         done = {_key(cell) for cell in self._log.read()}
         for dataset, arch, split in _product(datasets, teachers, splits):
             wanted = [
@@ -211,9 +229,10 @@ class Table:
             if not wanted:
                 continue
             case = self._case(dataset, arch, split)
+            self._pools.clear()
             for student, row in wanted:
-                config = changed.get(row, self.config)
-                config = config.with_settings({"seed": split, "prior": case.prior.__dict__})
+                settings = {"seed": split, "prior": case.prior.__dict__, **variants.get(row, {})}
+                config = self.config.with_settings(settings)
                 cell = self._cell(Task(case, student, config, split), row)
                 self._log.write(row, 0, cell)
                 self._report(_line(cell))
@@ -252,19 +271,26 @@ class Table:
         }
 
     def _ours(self, task: Task) -> tuple[nn.Module, dict[str, Any]]:
+        graphs, facts = self._pool(task)
+        model = task.taught(graphs)
+        witness = pool_agreement(task.case.teacher, model, graphs, task.config.student.temperature)
+        return model, {**facts, "student_agreement": witness["agreement"], "student_divergence": witness["divergence"]}
+
+    def _pool(self, task: Task) -> tuple[GraphBatch, dict[str, Any]]:
         """Through a run folder, so that the table measures what users run."""
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            run = Run(Path(folder) / "run", task.case.teacher, task.config, student=task.student)
-            start = time.perf_counter()
-            graphs = run.make_graphs()
-            seconds = time.perf_counter() - start
-            model = run.teach("student", graphs, task.seed)
-            witness = [row for row in run.metrics.read() if row["stage"] == "pool"]
-        facts: dict[str, Any] = {"pool_seconds": round(seconds, 2)}
-        if witness:
-            facts |= {name: witness[-1][name] for name in ("k", "cross_entropy", "agreement")}
-        return model, facts
+        settings = json.dumps({name: value for name, value in task.config.to_dict().items() if name != "student"})
+        if settings not in self._pools:
+            with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                run = Run(Path(folder) / "run", task.case.teacher, task.config, student=task.student)
+                start = time.perf_counter()
+                graphs = run.make_graphs()
+                facts: dict[str, Any] = {"pool_seconds": round(time.perf_counter() - start, 2)}
+                witness = [row for row in run.metrics.read() if row["stage"] == "pool"]
+            if witness:
+                facts |= {name: witness[-1][name] for name in ("k", "cross_entropy", "agreement")}
+            self._pools[settings] = graphs, facts
+        return self._pools[settings]
 
     def _case(self, dataset: str, arch: str, split: int) -> Case:
         data, train, test = self._graphs(dataset, split)
