@@ -18,6 +18,8 @@ from pathlib import Path
 
 import facts
 
+from acgkd_fast.files import write_text
+
 BENCH = Path(__file__).parent
 
 
@@ -36,13 +38,14 @@ def is_current(path: Path) -> bool:
 
 def measure(name: str, out: Path) -> bool:
     """Run one file; its results appear only if all went well."""
-    part = out / f".{name}.part"
+    part, begin = out / f".{name}.part", time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(BENCH / f"bench_{name}.py")]
     done = subprocess.run([*command, "--benchmark-columns=median,iqr,rounds", f"--benchmark-json={part}"])
     # Nothing to measure here (an optional package is missing) is no failure.
     fine = done.returncode in (0, 5)
     if fine and part.exists() and part.stat().st_size:
-        part.replace(out / f"{name}.json")
+        found = {"seconds": round(time.monotonic() - begin, 1), **json.loads(part.read_text())}
+        write_text(out / f"{name}.json", json.dumps(found, indent=1) + "\n")
     part.unlink(missing_ok=True)
     return fine
 
