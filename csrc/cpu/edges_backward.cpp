@@ -42,6 +42,12 @@ void entry_gradients(const Sampled& sampled, const Stored* theta, const Stored* 
   const Matrix& matrix = sampled.matrix;
   torch::stable::parallel_for(0, matrix.num_rows, matrix.rows_per_task(64), [&](int64_t begin, int64_t end) {
     Batch<WideOf<Stored>> batch;
+    // Logits far apart, asked for at once and read when the batch is full.
+    const Stored* waiting[kLanes];
+    const auto finish = [&] {
+      for (int i = 0; i < batch.size; ++i) batch.theta[i] = static_cast<WideOf<Stored>>(*waiting[i]);
+      flush(sampled.draw, batch, out);
+    };
     Mirrors<Stored> mirrored(matrix, sampled.pairs, grad);
     int64_t g = sampled.layouts.graph_of_node(begin);
     GraphLayout graph = sampled.layouts[g];
@@ -57,12 +63,14 @@ void entry_gradients(const Sampled& sampled, const Stored* theta, const Stored* 
         const int64_t pair = sampled.pairs[e];
         WideOf<Stored> total = static_cast<WideOf<Stored>>(grad[e]);
         if (!sampled.directed()) total += mirrored(row, e);
-        batch.add(graph, pair - graph.first_pair, row_ptr ? place++ : pair, static_cast<WideOf<Stored>>(theta[pair]), total);
-        if (batch.size == kLanes) flush(sampled.draw, batch, out);
+        waiting[batch.size] = theta + pair;
+        __builtin_prefetch(theta + pair);
+        batch.add(graph, pair - graph.first_pair, row_ptr ? place++ : pair, 0, total);
+        if (batch.size == kLanes) finish();
       }
       if (!sampled.directed()) mirrored.leave(row, last);
     }
-    flush(sampled.draw, batch, out);
+    finish();
   });
 }
 
