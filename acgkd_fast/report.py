@@ -45,6 +45,8 @@ def write_report(run: Path, rows: Sequence[dict[str, Any]], graphs: GraphBatch, 
         The path of the page. Without matplotlib it holds no pictures and says so.
     """
     parts = ["<h1>Distillation report</h1>", _table([row for row in rows if row["stage"] == "result"])]
+    parts += [_pool(row) for row in rows if row["stage"] == "pool"]
+    parts += _density([row for row in rows if row["stage"] == "density"])
     parts += [_sizes(row) for row in rows if row["stage"] == "parameters"]
     parts += _agreement([row for row in rows if row["stage"] == "agreement"])
     try:
@@ -101,6 +103,34 @@ def _table(results: Sequence[dict[str, Any]]) -> str:
         "<h2>Accuracy on held-out real graphs</h2><table><tr><th>model</th><th>accuracy</th></tr>"
         f"{body}</table><p>Measured after the run; nothing in it was chosen by these figures.</p>"
     )
+
+
+def _pool(row: dict[str, Any]) -> str:
+    named = {
+        "k": "divergence K of its statistics from the teacher's",
+        "cross_entropy": "teacher's cross-entropy, nats",
+        "agreement": "share of graphs to which the teacher gives their label",
+        "graphs": "graphs",
+        "nodes": "nodes",
+        "edges": "edges",
+        "mean_degree": "mean degree",
+        "density": "edges over pairs of nodes",
+        "candidates": "learned edge logits",
+        "peak_memory_mib": "peak memory, MiB",
+    }
+    body = "".join(f"<tr><td>{text}</td><td>{row[name]:.4g}</td></tr>" for name, text in named.items() if name in row)
+    return f"<h2>The pseudo-graphs</h2><table>{body}</table>"
+
+
+def _density(rows: Sequence[dict[str, Any]]) -> list[str]:
+    tried = [row for row in rows if "tried" in row]
+    if not tried:
+        return []
+    body = "".join(f"<tr><td>{row['tried']:.3g}</td><td>{row['k']:.3g}</td></tr>" for row in tried)
+    return [
+        "<h2>Mean degrees tried</h2><table><tr><th>mean degree of the start</th><th>K after a short search</th></tr>"
+        f"{body}</table>"
+    ]
 
 
 def _sizes(row: dict[str, Any]) -> str:

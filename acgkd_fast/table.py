@@ -71,6 +71,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mean square of logits": {"student.kl_weight": 0.0, "student.mse_weight": 1.0},
 }
 
+# What a cell keeps of what the run says about its pool.
+_WITNESS = ("k", "cross_entropy", "agreement", "edges", "mean_degree", "density", "candidates", "peak_memory_mib")
+
 Report = Callable[[str], None]
 
 
@@ -245,7 +248,7 @@ class Table:
             "split": case.split,
             "student": task.student,
             "row": row,
-            "mean_degree": case.prior.expected_degree,
+            "prior_degree": case.prior.expected_degree,
         }
         start = time.perf_counter()
         if row == "majority class":
@@ -287,8 +290,7 @@ class Table:
                 graphs = run.make_graphs()
                 facts: dict[str, Any] = {"pool_seconds": round(time.perf_counter() - start, 2)}
                 witness = [row for row in run.metrics.read() if row["stage"] == "pool"]
-            if witness:
-                facts |= {name: witness[-1][name] for name in ("k", "cross_entropy", "agreement")}
+            facts |= {name: value for name, value in witness[-1].items() if name in _WITNESS}
             self._pools[settings] = graphs, facts
         return self._pools[settings]
 

@@ -41,6 +41,7 @@ from .pool import random_pool, start_graphs
 from .projector import ForeignHead, equal_size_arch, parameter_counts, teacher_parts
 from .refine import Constraint, Refiner
 from .student import Pool, StudentSettings, distill_student, new_student, pool_agreement
+from .witness import pool_size, pool_witness
 
 _SAVE_SECONDS = 20.0
 _REFINE_STEPS = 50
@@ -259,6 +260,9 @@ class Run:
             graphs = learned.harden(seed=self.config.seed, step=self.config.learn.steps)
         if self.config.refine.steps > 0:
             graphs = self._refine(graphs, learned)
+        self.metrics.rewind("pool", -1)
+        layout = None if learned is None else learned.layout
+        self.metrics.write("pool", 0, {**pool_witness(self.teacher, graphs), **pool_size(graphs, layout)})
         save_graphs(product, graphs, {"feature_kind": self.config.prior.feature_kind})
         return graphs
 
@@ -309,12 +313,6 @@ class Run:
             self._report("refine", refiner.step, total, refiner.metrics())
             saver.save(refiner.finished)
         result = refiner.result()
-        self.metrics.rewind("pool", -1)
-        self.metrics.write(
-            "pool",
-            refiner.step,
-            {"k": result.k, "cross_entropy": result.cross_entropy, "agreement": result.agreement},
-        )
         if result.warning is not None:
             warnings.warn(result.warning, RuntimeWarning, stacklevel=2)
         return result.graphs
