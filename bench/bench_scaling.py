@@ -49,7 +49,7 @@ def step(graphs: int, nodes: int, xi: float) -> tuple[Ways, int]:
     logits = share.logit() + 0.5 * torch.randn(layout.num_pairs, generator=generator)
     features = torch.randn(layout.num_nodes, shape.num_features, generator=generator)
     pseudo = PseudoGraphs(logits, features, torch.arange(graphs) % 2, layout, feature_kind="one-hot")
-    settings = LearnSettings(steps=10_000, c_bn=C_BN, c_oh=C_OH, target_degree=None, lr_structure=1e-3)
+    settings = LearnSettings(steps=10_000, c_bn=C_BN, c_oh=C_OH, c_degree=0.0, lr_structure=1e-3)
     ours = Learner(make_teacher(shape), pseudo, settings)
     ways: Ways = {"ours": ours.advance}
     if xi == 1.0:

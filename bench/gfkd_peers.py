@@ -122,7 +122,7 @@ def in_one_tensor(shape: Shape, noise: Tensors | None = None) -> Iteration:
 
 def learner(shape: Shape, estimator: str = "arm") -> Learner:
     settings = LearnSettings(
-        steps=10_000, estimator=estimator, c_bn=C_BN, c_oh=C_OH, target_degree=None, lr_structure=1.0, lr_features=0.01
+        steps=10_000, estimator=estimator, c_bn=C_BN, c_oh=C_OH, c_degree=0.0, lr_structure=1.0, lr_features=0.01
     )
     return Learner(make_teacher(shape), start(shape), settings)
 
