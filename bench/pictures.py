@@ -76,6 +76,7 @@ def draw_growth(curves: Curves, expected: dict[str, float], path: Path) -> None:
         line = f"O({axis.split(',')[0]}{'' if power == 1 else f'^{power:g}'})"
         panel.plot([first, last], [end * (first / last) ** power, end], "k--", linewidth=0.8, label=line)
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms")
+        panel.minorticks_off()
         panel.legend(fontsize=7)
     for panel in list(figure.axes)[len(curves) :]:
         panel.remove()
