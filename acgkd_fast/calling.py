@@ -154,26 +154,44 @@ def input_width(module: nn.Module) -> int:
     for layer in module.modules():
         for name in ("num_features", "in_channels", "in_features"):
             width = getattr(layer, name, None)
-            # A BatchNorm's num_features is a hidden width.
-            if isinstance(width, int) and width > 0 and not isinstance(layer, nn.BatchNorm1d):
+            # A norm's width is a hidden one, whichever norm and whoever wrote it.
+            if isinstance(width, int) and width > 0 and "Norm" not in type(layer).__name__:
                 return width
     raise InputError(f"num_features: expected the width of the node features of {type(module).__name__}, got none")
 
 
-def probe(module: nn.Module, call: Call, width: int) -> tuple[torch.Tensor, bool]:
-    """(logits [2, C] of two small graphs, whether edge weights change them)."""
+def _two_graphs(module: nn.Module, width: int) -> GraphBatch:
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(0))
     sources = torch.tensor([0, 1, 2, 3, 4, 1, 6, 7, 8, 9, 6])
     targets = torch.tensor([1, 2, 3, 4, 5, 3, 7, 8, 9, 10, 9])
     edge_index = torch.stack([torch.cat([sources, targets]), torch.cat([targets, sources])]).to(like.device)
-    ptr = torch.tensor([0, 6, 11], device=like.device)
-    edges = EdgeSample.from_edge_index(edge_index, ptr)
+    edges = EdgeSample.from_edge_index(edge_index, torch.tensor([0, 6, 11], device=like.device))
     x = torch.eye(width, dtype=like.dtype, device=like.device)[torch.arange(11, device=like.device) % width]
-    uneven = torch.linspace(0.2, 0.9, edges.num_edges, dtype=like.dtype, device=like.device)
+    return GraphBatch(x, edges.with_value(edges.value.to(like.dtype), symmetric=True))
+
+
+@torch.no_grad()
+def mixes_graphs(module: nn.Module, call: Call, width: int, logits: torch.Tensor) -> bool:
+    """Whether a graph's logits depend on which other graphs are in the batch.
+
+    Norms over nodes do so where they are not told the graph of each node, or keep no statistics for eval mode.
+
+    Args:
+        logits: what :func:`probe` returned.
+    """
+    # Three rather than one: a norm over graphs has nothing to compare a single one with.
+    beside = call(_two_graphs(module, width).select(torch.tensor([0, 1, 0])))
+    return not torch.allclose(beside[:2], logits, rtol=1e-3, atol=1e-4)
+
+
+def probe(module: nn.Module, call: Call, width: int) -> tuple[torch.Tensor, bool]:
+    """(logits [2, C] of two small graphs, whether edge weights change them)."""
     module.eval()
+    graphs = _two_graphs(module, width)
+    edges = graphs.edges
     try:
         with torch.no_grad():
-            plain = call(GraphBatch(x, edges.with_value(torch.ones_like(uneven), symmetric=True)))
+            plain = call(graphs)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(
@@ -181,9 +199,10 @@ def probe(module: nn.Module, call: Call, width: int) -> tuple[torch.Tensor, bool
             f"{reason}; pass num_features, or for {_signature(module)} an adapter such as {_ADAPTER}"
         ) from error
     check_logits(plain, 2)
+    uneven = torch.linspace(0.2, 0.9, edges.num_edges, dtype=edges.value.dtype, device=edges.value.device)
     try:
         with torch.no_grad():
-            weighted = call(GraphBatch(x, edges.with_value(uneven)))
+            weighted = call(GraphBatch(graphs.x, edges.with_value(uneven)))
     except InputError:
         return plain, False
     return plain, not torch.allclose(plain, weighted, rtol=1e-4, atol=1e-6)

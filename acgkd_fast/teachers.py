@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calling import Call, call_convention, check_logits, input_width, probe, sample_convention, without_weights
+from .calling import (
+    Call,
+    call_convention,
+    check_logits,
+    input_width,
+    mixes_graphs,
+    probe,
+    sample_convention,
+    without_weights,
+)
 from .errors import InputError, check
 from .graphs import GraphBatch
 from .nn.accelerate import is_accelerated
@@ -121,6 +130,10 @@ def as_teacher(
         InputError: a form of ``forward`` that is not known (the message shows an adapter), a module
             that fails on the two graphs, answers of the wrong shape, widths that disagree, or a
             parameter with NaN or infinity, which it names.
+
+    Warns:
+        RuntimeWarning: a module whose answer on a graph depends on the other graphs beside it, or one of
+            :func:`acgkd_fast.accelerate` that does not pass an EdgeSample on.
     """
     if isinstance(module, Teacher):
         _check_width("num_features", num_features, module.num_features)
@@ -145,6 +158,13 @@ def as_teacher(
     width = input_width(module) if num_features is None else num_features
     logits, weighted = probe(module, bound, width)
     _check_width("num_classes", num_classes, logits.shape[1])
+    if mixes_graphs(module, bound, width, logits):
+        warnings.warn(
+            f"teacher: {type(module).__name__} answers differently on the same graph in another batch, so no score "
+            "of a graph stays true while others change; give its norms the batch vector, or running statistics",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if call is None and is_accelerated(module):
         passes = _passes_samples(module, width, logits)
         if passes is not None:

@@ -50,7 +50,8 @@ def test_a_stated_density_and_a_teacher_without_batch_norm_end_the_search():
     stated = replace(PRIOR, mean_degree=5.0)
     teacher = calibrated("gin3-32", 8.0)
     assert find_density(teacher, stated) == Density(5.0, ())
-    assert find_density(PlainTeacher(), PRIOR) == Density(2.05, ())
+    with pytest.warns(RuntimeWarning, match="no BatchNorm layer .* mean degree of 2.05 is assumed"):
+        assert find_density(PlainTeacher(), PRIOR) == Density(2.05, ())
 
 
 def test_repeats_and_leaves_the_teacher_alone():

@@ -158,7 +158,8 @@ def test_a_teacher_without_edge_weights_cannot_be_learned_from():
     unweighted = as_teacher(Unweighted(), num_features=WIDTH)
     with pytest.raises(InputError, match="edge weights"):
         Learner(unweighted, make_pseudo_graphs(), LearnSettings())
-    learn(unweighted, make_pseudo_graphs(), LearnSettings(steps=2, estimator="arm"))
+    with pytest.warns(RuntimeWarning, match="no BatchNorm layer"):
+        learn(unweighted, make_pseudo_graphs(), LearnSettings(steps=2, estimator="arm"))
 
 
 def test_objectives_against_their_formulas():

@@ -11,7 +11,7 @@ from ..pseudo_graphs import GraphPrior
 from ..teachers import Teacher, as_teacher
 from .pool import start_graphs
 from .refine import Refiner, RefineSettings
-from .statistics import BatchNormProbe
+from .statistics import BatchNormProbe, warn_without_batch_norm
 
 # Mean degrees to try, as multiples of a tree's with a few rings, up to this share of complete graphs.
 _RATIO = 1.4
@@ -58,11 +58,20 @@ def find_density(
 
     Raises:
         InputError: num_graphs or steps below 1.
+
+    Warns:
+        RuntimeWarning: neither a stated mean degree nor BatchNorm.
     """
     check(is_integer(num_graphs) and num_graphs >= 1, "num_graphs", "at least 1", num_graphs)
     check(is_integer(steps) and steps >= 1, "steps", "at least 1", steps)
     teacher = as_teacher(teacher)
     if prior.mean_degree is not None or BatchNormProbe(teacher.module).num_layers == 0:
+        if prior.mean_degree is None:
+            warn_without_batch_norm(
+                f"nothing tells one density from another and a mean degree of {prior.expected_degree} is assumed; "
+                "state mean_degree if you know it",
+                stacklevel=2,
+            )
         return Density(prior.expected_degree, ())
     degree, most = prior.expected_degree, _FULLEST * ((prior.min_nodes + prior.max_nodes) / 2 - 1)
     settings = RefineSettings(steps=steps, w_ce=0.0)

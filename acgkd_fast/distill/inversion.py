@@ -25,7 +25,7 @@ from ..pseudo_graphs import PseudoGraphs
 from ..teachers import Teacher, as_teacher
 from .captured import stepper
 from .objectives import BN_TERMS, batch_norm_term, degree_term, one_hot_entropy
-from .statistics import MomentsProbe
+from .statistics import MomentsProbe, warn_without_batch_norm
 
 # A gradient of so many floats leaves the cache, and its memory goes back to the system in every step.
 _MANY_PAIRS = 1 << 20
@@ -96,6 +96,9 @@ class Learner:
     Raises:
         InputError: widths or labels that do not fit the teacher, or a teacher that takes no edge weights
             with an estimator that needs a gradient through the edges.
+
+    Warns:
+        RuntimeWarning: the teacher has no BatchNorm though `c_bn` asks for its term.
     """
 
     def __init__(
@@ -126,6 +129,8 @@ class Learner:
                 "teacher: expected a module that takes edge weights (learning needs a gradient through the edges), got "
                 f"{type(self.teacher.module).__name__}; use refinement, which needs none, or estimator 'arm'"
             )
+        if settings.c_bn > 0 and not self.teacher.batch_norms:
+            warn_without_batch_norm("the BatchNorm term is left out and cross-entropy leads alone", stacklevel=3)
         groups: list[dict[str, Any]] = [{"params": [pseudo_graphs.logits], "lr": settings.lr_structure}]
         if isinstance(pseudo_graphs.features, torch.nn.Parameter):
             groups.append({"params": [pseudo_graphs.features], "lr": settings.lr_features})

@@ -77,7 +77,7 @@ def refine(
         InputError: a setting out of its range, or as in :class:`Refiner`.
 
     Warns:
-        RuntimeWarning: the teacher has no BatchNorm, or K ended above 0.05.
+        RuntimeWarning: the teacher has no BatchNorm though `lam_k` asks for K, or K ended above 0.05.
     """
     check(isinstance(report_every, int) and report_every >= 1, "report_every", "1 or more steps", report_every)
     settings = RefineSettings(

@@ -6,7 +6,6 @@ keeps what lowers the energy (``energy.py``). The scores of all other graphs are
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -26,7 +25,7 @@ from .moves import LANES, Edits, Lane, best_candidates, log_proposal_ratio, prop
 from .native_refiner import advance_native, choose_native
 from .proposal_weights import EdgeProposals
 from .refine_settings import RefineResult, RefineSettings
-from .statistics import BatchNormProbe
+from .statistics import BatchNormProbe, warn_without_batch_norm
 
 # Which of some edited graphs are allowed, bool [S].
 Constraint = Callable[[GraphBatch], torch.Tensor]
@@ -116,11 +115,9 @@ class Refiner:
         self._energy, self._scores = self._measure()
         self._unlabelled = settings.unlabelled_steps > 0 and self._energy.running is not None
         self._weigh()
-        if self._energy.running is None:
-            warnings.warn(
-                "teacher: no BatchNorm layer with running statistics, so K is undefined and the search follows the "
-                "cross-entropy alone; such graphs taught the prototype's students little",
-                RuntimeWarning,
+        if self._energy.running is None and settings.lam_k > 0.0:
+            warn_without_batch_norm(
+                "K is undefined and the search follows the cross-entropy alone",
                 stacklevel=3,
             )
         self._trace: list[torch.Tensor] = []

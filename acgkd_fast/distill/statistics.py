@@ -7,6 +7,7 @@ weight per layer and channel, no units).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,6 +22,18 @@ from ..normalize import column_moments
 from ..propagate import readout
 
 Statistics = tuple[torch.Tensor, torch.Tensor]
+
+
+def warn_without_batch_norm(consequence: str, *, stacklevel: int) -> None:
+    """Tell the user what K's absence means.
+
+    Args:
+        consequence: what happens instead, after "so".
+        stacklevel: as of ``warnings.warn`` in the function that calls this one.
+    """
+    warnings.warn(
+        f"teacher: no BatchNorm layer with running statistics, so {consequence}", RuntimeWarning, stacklevel + 1
+    )
 
 
 class _Probe:
