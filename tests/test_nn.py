@@ -113,6 +113,24 @@ def test_self_loops_of_an_edge_sample_are_kept_once():
     torch.testing.assert_close(layer(x, edges), dense_gcn(filled, x @ layer.lin.weight.t(), False), **CLOSE)
 
 
+@pytest.mark.parametrize("improved", [False, True])
+@pytest.mark.parametrize("loops", [[], [1], [0, 1, 2, 3], [0, 1, 2, 2], [0, 1, 2, 3, 3]])
+def test_self_loops_of_a_sample_and_of_a_list_are_one(loops, improved):
+    """On no node, some, every node, and twice on one: value and gradient of every weight."""
+    edge_index = torch.cat([torch.tensor([[0, 1, 3], [1, 2, 0]]), torch.tensor([loops, loops]).long()], 1)
+    weight = normal(edge_index.shape[1], 1).abs() + 0.1
+    layer, x, results = GCNConv(2, 2, improved=improved).double(), normal((4, 2), 0), []
+    for sampled in (False, True):
+        leaf = weight.clone().requires_grad_()
+        given = (edge_index, leaf)
+        if sampled:
+            given = (af.EdgeSample.from_edge_index(edge_index, torch.tensor([0, 4]), leaf),)
+        out = layer(x, *given)
+        results.append([out, *torch.autograd.grad(out, leaf, normal(out.shape, 2))])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
 @pytest.mark.parametrize("layer", [GCNConv(3, 5), GCNConv(5, 3), GINConv(nn.Linear(3, 4))])
 def test_gradients_reach_absent_candidates(layer):
     """The straight-through slope at every pair, drawn or not, against a dense matrix of soft values."""

@@ -190,6 +190,8 @@ def _fill_self_loops(edges: EdgeSample, fill: float) -> EdgeSample:
     edge_index, weight = edges.to_edge_index()
     loop = edge_index[0] == edge_index[1]
     nodes = torch.arange(edges.num_nodes, device=loop.device)
+    if torch.equal(edge_index[0, loop], nodes):
+        return edges
     own = weight.new_full((edges.num_nodes,), fill).index_put((edge_index[0, loop],), weight[loop])
     return EdgeSample.from_edge_index(
         torch.cat([edge_index[:, ~loop], nodes.expand(2, -1)], dim=1),
