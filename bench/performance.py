@@ -222,7 +222,8 @@ measured beside each benchmark, one thread; drawn are their medians.
 ## Python's share of a step
 
 MUTAG's size, one thread. Of an operation forward and backward, what is not spent in operators; `bench_overhead.py` says
-how it is measured.
+how it is measured. Replayed operators free their results at once, so a part of the difference, above all of the whole
+step's, is fresh memory and not Python.
 
 {overhead}
 ## What was taken away

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
@@ -24,10 +26,21 @@ _CAPACITY = 4_000_000
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+_disabled = functools.cache(torch.compiler.disable)
+
+
 def _untraced(function: Function) -> Function:
     """What looks at node numbers on the host is run by torch.compile as it is, between two graphs."""
-    disabled: Function = torch.compiler.disable(function)
-    return disabled
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # torch.compiler.disable imports the compiler, which takes seconds. Where nothing has, nothing is traced.
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        return _disabled(function)(*args, **kwargs)
+
+    run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return cast("Function", run)
 
 
 class EdgeList(NamedTuple):
