@@ -14,19 +14,16 @@ script on small sizes without one.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bench_propagate_gpu import copy_bandwidth, environment, time_events, time_graph, time_host
 from edges_peers import PEERS, Problem, eager_to_csr, expand, ours
+from gpu_table import GpuTable
 
 import acgkd_fast as af
 from acgkd_fast import _library
@@ -286,18 +283,8 @@ def test_target_sizes(size: Size, benchmark: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines; finished sizes in it are skipped")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further size after this long")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("bench_edges_gpu: no CUDA device (try --device cpu for a dry run)")
-    device = torch.device(args.device)
-    begin = time.monotonic()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = args.out.read_text().splitlines() if args.out.exists() else []
-    done = {(r["batch"], r["nodes"], r["density"], r["factors"]) for r in map(json.loads, lines)}
+    table = GpuTable(__doc__)
+    device = table.device
     facts = gpu_environment(device)
     bandwidth, flush = None, None
     if device.type == "cuda":
@@ -306,20 +293,18 @@ def main() -> None:
         flush = torch.empty(4 * facts["l2_bytes"], dtype=torch.uint8, device=device)
     print(json.dumps(facts), flush=True)
     dry = [Size(8, 20, 0.13), Size(2, 60, 0.05), Size(1, 300, 0.02, factors=8)]
-    for size in SIZES if device.type == "cuda" else dry:
-        if tuple(asdict(size).values()) in done:
-            continue
-        if time.monotonic() - begin > args.seconds:
-            print("out of time; the same command continues", flush=True)
-            return
+    for size in table.remaining(
+        SIZES if device.type == "cuda" else dry,
+        lambda size: size,
+        lambda row: Size(row["batch"], row["nodes"], row["density"], row["factors"]),
+    ):
         try:
             row = bench(size, device, flush)
         except torch.OutOfMemoryError as error:
             print(f"{size}: {str(error).splitlines()[0]}", flush=True)
             continue
         print(summary(row, bandwidth), flush=True)
-        with args.out.open("a") as file:
-            file.write(json.dumps({**row, **facts}) + "\n")
+        table.write({**row, **facts})
 
 
 if __name__ == "__main__":

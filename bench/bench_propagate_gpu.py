@@ -17,7 +17,6 @@ import itertools
 import json
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_table import GpuTable
 from propagate_peers import Layer, available, ours
 
 # Importing `propagate` declares its operators, whose oracle is taken by name.
@@ -306,21 +306,14 @@ def test_target_sizes(size: Size, benchmark: Any) -> None:
     benchmark.pedantic(lambda: time_host(lambda: problem.step(ours), device), rounds=1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines; finished sizes in it are skipped")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of the naive path")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further size after this long")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("bench_propagate_gpu: no CUDA device (try --device cpu for a dry run)")
-    device = torch.device(args.device)
-    begin = time.monotonic()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = args.out.read_text().splitlines() if args.out.exists() else []
-    done = {(r["density"], r["nodes"], r["batch"], r["width"], r["dtype"]) for r in map(json.loads, lines)}
+
+
+def main() -> None:
+    table = GpuTable(__doc__, _options)
+    device, dtype = table.device, table.options.dtype
     facts = environment(device)
     bandwidth, flush = None, None
     if device.type == "cuda":
@@ -328,17 +321,15 @@ def main() -> None:
         facts["copy_bandwidth_gb_per_s"] = bandwidth
         flush = torch.empty(4 * facts["l2_bytes"], dtype=torch.uint8, device=device)
     print(json.dumps(facts), flush=True)
-    for size in sizes():
-        too_large = device.type == "cpu" and size.entries * size.width > 2e6
-        if too_large or (size.density, size.nodes, size.batch, size.width, args.dtype) in done:
-            continue
-        if time.monotonic() - begin > args.seconds:
-            print("out of time; the same command continues", flush=True)
-            return
-        row = bench(size, device, args.dtype, flush, compile_naive=args.compile)
+    fitting = (size for size in sizes() if device.type == "cuda" or size.entries * size.width <= 2e6)
+    for size in table.remaining(
+        fitting,
+        lambda size: (size.density, size.nodes, size.batch, size.width, dtype),
+        lambda row: tuple(row[name] for name in ("density", "nodes", "batch", "width", "dtype")),
+    ):
+        row = bench(size, device, dtype, flush, compile_naive=table.options.compile)
         print(summary(row, bandwidth), flush=True)
-        with args.out.open("a") as file:
-            file.write(json.dumps({**row, **facts}) + "\n")
+        table.write({**row, **facts})
 
 
 if __name__ == "__main__":

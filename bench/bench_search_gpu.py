@@ -12,12 +12,10 @@ H200. `--device cpu` runs the whole script on small sizes with the CPU engine.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 from bench_search import trees, untrained
+from gpu_table import GpuTable
 
 from acgkd_fast._library import backend
 from acgkd_fast.distill.native_refiner import STEPS_PER_CALL
@@ -143,29 +142,17 @@ def test_target(benchmark: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines; finished sizes in it are skipped")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further size after this long")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("bench_search_gpu: no CUDA device (try --device cpu for a dry run)")
-    device, begin = torch.device(args.device), time.monotonic()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = args.out.read_text().splitlines() if args.out.exists() else []
-    done = {Size(**{key: row[key] for key in asdict(TARGET_SIZE)}) for row in map(json.loads, lines)}
+    table = GpuTable(__doc__)
+    device = table.device
     here = facts(device)
     print(json.dumps(here), flush=True)
-    for size in sizes():
-        if size in done or (device.type == "cpu" and size.graphs * size.nodes > 3000):
-            continue
-        if time.monotonic() - begin > args.seconds:
-            print("out of time; the same command continues", flush=True)
-            return
+    fitting = (size for size in sizes() if device.type == "cuda" or size.graphs * size.nodes <= 3000)
+    for size in table.remaining(
+        fitting, lambda size: size, lambda row: Size(**{key: row[key] for key in asdict(TARGET_SIZE)})
+    ):
         row = bench(size, device)
         print(summary(row), flush=True)
-        with args.out.open("a") as file:
-            file.write(json.dumps({**row, **here}) + "\n")
+        table.write({**row, **here})
 
 
 if __name__ == "__main__":

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,3 +197,18 @@ def opcheck(name: str, cases: list[tuple]) -> None:
     torch.library.opcheck(operator, cases[0])
     for arguments in cases[1:]:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def sanitize(tool: str, script: str, *, last_words: str = "finished") -> None:
+    """Run a script that ends by printing `last_words` under a tool of compute-sanitizer; skips where there is none."""
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        pytest.skip("needs compute-sanitizer")
+    # torch's allocator would hide accesses behind the end of a tensor.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
+    if "Device not supported" in done.stdout + done.stderr:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert done.returncode == 0 and last_words in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]

@@ -5,16 +5,10 @@ test_cuda_emulation.py runs the same comparisons, and more shapes, without a GPU
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from cuda_cases import LAYERS, READOUT_MODES, TOLERANCE, Case, Inputs, compare, compare_normalize, compare_readout, run
-from helpers import normal
+from helpers import normal, sanitize
 
 import acgkd_fast as af
 from acgkd_fast import EdgeSample, _library, normalize, propagate
@@ -225,12 +219,4 @@ print("finished")
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(tool):
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(sanitizer).exists():
-        pytest.skip("needs compute-sanitizer")
-    # torch's allocator would hide accesses behind the end of a tensor.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
-    assert done.returncode == 0 and "finished" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    sanitize(tool, SANITIZED)

@@ -7,16 +7,12 @@ test_cuda_search_emulation.py compares all of them, with the host's exp and log.
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from cuda_search_cases import NAMES, SEARCHES, Search, compare, relabelling, used
+from helpers import sanitize
 from search_helpers import assert_simple, assert_state_is_fresh, drawn_teacher, make_graphs
 
 from acgkd_fast import GraphBatch, _library
@@ -148,12 +144,4 @@ print("finished")
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(tool):
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(sanitizer).exists():
-        pytest.skip("needs compute-sanitizer")
-    # torch's allocator would hide accesses behind the end of a tensor.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
-    assert done.returncode == 0 and "finished" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    sanitize(tool, SANITIZED)
