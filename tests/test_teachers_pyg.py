@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import normal, random_edges
+from host_loops import StatisticsHook
 from torch import nn
 
 import acgkd_fast as af
 from acgkd_fast.data import house_or_cycle, stratified_split
 from acgkd_fast.graph_view import GraphView
+from acgkd_fast.hosts.hooks import BatchNormHooks
 from acgkd_fast.teachers import as_teacher, evaluate
 
 pyg = pytest.importorskip("torch_geometric.nn")
@@ -105,6 +107,30 @@ def test_a_model_that_asks_the_edge_list_is_called_as_before():
         teacher = as_teacher(module)
     assert not teacher.accepts_edge_weight
     torch.testing.assert_close(teacher(batch), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_of_accelerated_models(kind):
+    """The hooks read what the hosts' own hooks read, with a gradient for the edges, and are gone afterwards."""
+    torch.manual_seed(0)
+    module, batch = af.accelerate(WithHead(kind)).eval(), graphs()
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d)]
+    for norm in norms:
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    value = torch.full_like(batch.edges.value, 0.7).requires_grad_()
+    soft = af.GraphBatch(batch.x, batch.edges.with_value(value))
+    host = [StatisticsHook(m) for m in norms]
+    with BatchNormHooks(module) as hooks:
+        module(soft.x, soft.edges, soft.batch())
+        found = torch.stack([hook.r_feature for hook in hooks])
+        wanted = torch.stack([hook.r_feature for hook in host])
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        grads = [torch.autograd.grad(r.sum(), value, retain_graph=True)[0] for r in (found, wanted)]
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
+    assert grads[0].any() and len(hooks) == len(norms) >= 1
+    for hook in host:
+        hook.close()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
 def test_an_adapter_is_left_alone():
