@@ -130,6 +130,8 @@ def test_coefficients(tmp_path):
     other = invert(tmp_path / "b", learn=rate)
     other.generate_batch()
     same(inversion.graphs, other.graphs)
+    # The features' rate moves no hard feature in so few steps.
+    assert inversion._options["learn"].rates_at(0) == pytest.approx([0.2, 0.02])
     with pytest.warns(RuntimeWarning, match="coefficients: first_bn_multiplier, l2 have no meaning"):
         invert(tmp_path, coefficients={"l2": 1e-5, "first_bn_multiplier": 10.0})
     with pytest.raises(InputError, match="net_teacher: expected"):

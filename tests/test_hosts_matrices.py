@@ -104,7 +104,8 @@ def test_gcond_takes_the_hosts_arguments():
         args = types.SimpleNamespace(dataset=dataset, reduction_rate=0.05)
         assert gcond.PGE(3, 4, device="cpu", args=args).layers[0].out_features == width
     sparse = types.SimpleNamespace(dataset="reddit", reduction_rate=0.01)
-    assert gcond.PGE(3, 4, nlayers=5, args=sparse).layers[0].out_features == 128
+    network = gcond.PGE(3, 4, nlayers=5, args=sparse)
+    assert network.layers[0].out_features == 128 and len(network.layers) == 3
     with pytest.raises(InputError, match="nlayers: expected at least 2"):
         gcond.PGE(3, 4, nlayers=1)
     with pytest.raises(InputError, match="x: expected a tensor of shape"):
@@ -196,12 +197,15 @@ def test_fedtad_distils_the_same_model_and_then_learns_its_topology():
     assert not any(had) and all(have) and learned[0] != pytest.approx(wanted[-1])
 
 
+@pytest.mark.parametrize("cosine", [True, False])
 @pytest.mark.parametrize("k", [1, 3, 9])
-def test_fedtads_edges(k):
+def test_fedtads_edges(k, cosine):
     pytest.importorskip("torch_geometric")
     features = normal((9, 5), 0, torch.float32)
     unit = nn.functional.normalize(features, dim=1)
-    similarity = (unit @ unit.T).requires_grad_()
+    other = normal((9, 9), 2, torch.float32)
+    # In the second matrix a node need not be its own best neighbour.
+    similarity = (unit @ unit.T if cosine else other + other.T).requires_grad_()
     data = fedtad.construct_graph(features, similarity, k)
     _, edge_index = fedtad_host(features, similarity, k)
     wanted = torch.zeros(9, 9)
@@ -210,8 +214,10 @@ def test_fedtads_edges(k):
     weight = normal((9, 9), 1, torch.float32)
     (grad,) = torch.autograd.grad((data.edge_index.to_dense()[0][0] * weight).sum(), similarity)
     # Of absent pairs too, and none where a self-loop is always there.
-    off = ~torch.eye(9, dtype=torch.bool)
-    assert grad[off].all() and not grad.diagonal().any()
+    last = similarity.detach().sort(1, descending=True).values[:, k - 1]
+    soft = torch.sigmoid((similarity.detach() - torch.minimum(last[:, None], last)) / 0.1)
+    slope = (soft * (1 - soft) / 0.1).fill_diagonal_(0.0)
+    torch.testing.assert_close(grad, slope * weight, rtol=1e-4, atol=1e-6)
 
 
 def test_fedtad_with_an_accelerated_model():
@@ -286,8 +292,12 @@ def test_gammagls_student_learns_the_same_and_the_generator_learns_at_all():
 
 @pytest.mark.parametrize("batch_size", [2, 3, 5])
 def test_gammagls_batches(batch_size):
-    generator = gammagl.DFADGenerator([6], 4, 5, 3, 0.5).eval()
-    adjacency, nodes = generator(normal((5, 4), 0, torch.float32))
+    generator, z = gammagl.DFADGenerator([6, 7], 4, 5, 3, 0.5).eval(), normal((5, 4), 0, torch.float32)
+    adjacency, nodes = generator(z)
+    first, second = (layer for layer in generator.layer_list if isinstance(layer, nn.Linear))
+    wanted = generator.nodes_layer(torch.tanh(second(torch.tanh(first(z))))).view(5, 5, 3)
+    torch.testing.assert_close(nodes, wanted)
+    torch.testing.assert_close(adjacency, wanted @ wanted.mT)
     adjacency, nodes = (4.0 * adjacency).detach().requires_grad_(), nodes.detach().requires_grad_()
     batches = gammagl.data_construct(batch_size, adjacency, nodes)
     hosts = list(gammagl_host(batch_size, adjacency.detach(), nodes.detach()))
@@ -299,6 +309,9 @@ def test_gammagls_batches(batch_size):
         assert torch.equal(kept.rowptr, listed.rowptr) and torch.equal(kept.col, listed.col)
         (grad,) = torch.autograd.grad(mine.edges.value.sum(), adjacency, retain_graph=True)
         seen = grad.flatten(1).any(1)
+        weight = normal(mine.x.shape, 1, torch.float32)
+        (grad_nodes,) = torch.autograd.grad((mine.x * weight).sum(), nodes, retain_graph=True)
+        assert torch.equal(grad_nodes.flatten(1).any(1), seen)
         assert int(seen.sum()) == mine.num_graphs and grad[seen].all()
     with pytest.raises(InputError, match="edges_logits: expected a tensor of shape"):
         gammagl.data_construct(2, adjacency[:, :4], nodes)

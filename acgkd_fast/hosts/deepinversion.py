@@ -87,7 +87,6 @@ class DeepInversionClass:
             "iterations": iterations,
             "synthesis_batch_size": bs,
             "learn": learn,
-            "capacity": bs,
             "seed": seed,
         }
         self.net_teacher = net_teacher
