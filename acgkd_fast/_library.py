@@ -77,7 +77,7 @@ def differentiate(qualified: str, backward: Callable[..., Any], setup_context: C
         return output
 
     def backward_if_used(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        if all(grad is None for grad in grads):
+        if grads[0] is None and all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         return backward(ctx, *grads)
 

@@ -137,27 +137,28 @@ def growth_rows(run: Run) -> list[str]:
 
 
 def overhead_rows(run: Run) -> list[str]:
-    path = RESULTS / "overhead_before.json"
-    before = json.loads(path.read_text()) if path.exists() else {"operations": {}, "step": {}}
-    lines = []
+    lines, times = [], ("public_us", "operators_us")
     for entry in run.get("overhead", []):
-        rows = []
-        for name, row in entry["operations"].items():
-            old = before["operations"].get(name)
-            past = "-" if old is None else f"{old['public_us']:.0f} us, {100 * old['share_of_operation']:.0f} %"
-            now = f"{row['public_us']:.0f} us, {100 * row['share_of_operation']:.0f} %"
-            rows.append([name, str(row["per_step"]), past, now, f"{100 * row['share_of_step']:.1f} %"])
+        rows = [
+            [
+                name,
+                str(row["per_step"]),
+                *(f"{row[key]:.0f}" for key in times),
+                share(row, "operation"),
+                share(row, "step"),
+            ]
+            for name, row in entry["operations"].items()
+        ]
         lines += table(
-            ["operation", "per step", "before: time, in Python", "now: time, in Python", "of the step"], rows
+            ["operation", "per step", "us", "of it operators", "Python, of the operation", "of the step"], rows
         )
-        old, now = before["step"], entry["step"]
-        past = (
-            f"{old['step_us'] / 1e3:.2f} ms, {100 * old['share_of_step']:.0f} % outside of operators; now "
-            if old
-            else ""
-        )
-        lines += [f"The whole step: {past}{now['step_us'] / 1e3:.2f} ms, {100 * now['share_of_step']:.0f} %.", ""]
+        now = entry["step"]
+        lines += [f"The whole step: {now['step_us'] / 1e3:.2f} ms, {share(now, 'step')} outside of operators.", ""]
     return lines
+
+
+def share(row: dict[str, float], of: str) -> str:
+    return f"{100 * row[f'share_of_{of}']:.1f} %"
 
 
 def instruction_rows() -> list[str]:
