@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .edges import sample_edges
-from .errors import InputError, check, check_choice, check_tensor
+from .errors import InputError, check, check_choice, check_tensor, is_number
 from .graphs import EdgeSample, GraphBatch
 from .layout import PairLayout
 from .normalize import softmax_rows
@@ -31,15 +31,21 @@ class GraphPrior:
             (:func:`~acgkd_fast.distill.density.find_density`), everything else takes `expected_degree`.
         feature_kind: "one-hot" (node labels), "degree" (one-hot degrees, free while searching),
             "continuous" or "constant".
+        label_shares: how often each node label occurs, one number per feature column, adding up to 1 (each number
+            down to 0.001); "one-hot" only. Start graphs and random pools draw labels by it; None: all equally often.
+            What a teacher without BatchNorm cannot tell, so state it if you know it, with ``relabel=0`` in the search,
+            which would draw the labels away from it (docs/research.md).
 
     Raises:
-        InputError: an empty or non-positive node range, a mean degree that is not above 0, or an unknown kind.
+        InputError: an empty or non-positive node range, a mean degree that is not above 0, an unknown kind, or shares
+            that are none.
     """
 
     min_nodes: int = 10
     max_nodes: int = 29
     mean_degree: float | None = None
     feature_kind: str = "one-hot"
+    label_shares: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         nodes = (self.min_nodes, self.max_nodes)
@@ -47,6 +53,14 @@ class GraphPrior:
         degree = self.mean_degree
         check(degree is None or degree > 0.0, "mean_degree", "None or a number above 0", degree)
         check_choice("feature_kind", self.feature_kind, FEATURE_KINDS)
+        shares = self.label_shares
+        if shares is not None:
+            check(self.feature_kind == "one-hot", "label_shares", "None unless feature_kind is one-hot", shares)
+            given = isinstance(shares, (tuple, list)) and all(is_number(s) and 0.0 <= s <= 1.0 for s in shares)
+            whole = given and abs(sum(shares) - 1.0) <= 1e-3
+            check(whole, "label_shares", "a share of each node label, adding up to 1", shares)
+            # JSON knows lists alone.
+            object.__setattr__(self, "label_shares", tuple(float(share) for share in shares))
 
     @property
     def expected_degree(self) -> float:

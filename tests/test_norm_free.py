@@ -330,3 +330,33 @@ def test_a_run_without_batch_norm(tmp_path):
     (pool,) = (line for line in lines if line["stage"] == "pool")
     assert pool["k"] is None and pool["cross_entropy"] > 0.0
     assert "<svg" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_stated_label_shares_reach_pools_runs_and_stay_without_relabelling(tmp_path):
+    shares = (0.6, 0.3, 0.1, 0.0)
+    prior = af.GraphPrior(5, 9, label_shares=list(shares))
+    assert prior.label_shares == shares
+    teacher = make_teacher(*OURS[3])
+    for make in (af.start_graphs, af.random_pool):
+        torch.testing.assert_close(make(teacher, prior, 300).x.mean(0), torch.tensor(shares), atol=0.04, rtol=0.0)
+    start = af.start_graphs(teacher, prior, 9)
+    found = af.refine(start, teacher, steps=20, relabel=0.0, lam_k=0.0)
+    assert found.accepted > 0 and torch.equal(found.graphs.x, start.x)
+    settings = {"prior.label_shares": list(shares), "num_graphs": 6, "refine.steps": 5, "refine.relabel": 0.0}
+    config = RunConfig.from_dict(json.loads(json.dumps(RunConfig().with_settings(settings).to_dict())))
+    assert config.prior.label_shares == shares
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        graphs = Run(tmp_path / "run", teacher, config).make_graphs()
+    assert graphs.x[:, 3].sum() == 0 and graphs.x[:, 0].mean() > 0.4
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.4), (1.5, -0.5), (), "half", (float("nan"), 1.0), 1.0])
+def test_shares_that_are_none_are_refused(shares):
+    with pytest.raises(af.InputError, match="label_shares: expected a share of each node label, adding up to 1"):
+        af.GraphPrior(label_shares=shares)
+
+
+def test_shares_are_for_node_labels():
+    with pytest.raises(af.InputError, match="label_shares: expected None unless feature_kind is one-hot"):
+        af.GraphPrior(feature_kind="degree", label_shares=(0.5, 0.5))

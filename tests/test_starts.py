@@ -136,6 +136,11 @@ def test_features_of_every_kind():
     assert torch.equal(degrees.argmax(1), dense(edges).sum(1).clamp(max=2).long())
     assert (degrees.sum(1) == 1).all()
     assert torch.equal(random_features("one-hot", 5, 9, seed=1), random_features("one-hot", 5, 9, seed=1))
+    stated = random_features("one-hot", 3, 4000, seed=1, shares=(0.7, 0.3, 0.0))
+    assert (stated.sum(1) == 1).all() and stated[:, 2].sum() == 0
+    assert stated.mean(0)[0] == pytest.approx(0.7, abs=0.03)
+    with pytest.raises(InputError, match="label_shares: expected 3, one per feature column, got 2"):
+        random_features("one-hot", 3, 4, seed=1, shares=(0.7, 0.3))
     assert not torch.equal(random_features("one-hot", 5, 9, seed=1), random_features("one-hot", 5, 9, seed=2))
 
 

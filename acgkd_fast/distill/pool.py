@@ -40,5 +40,7 @@ def _sizes(prior: GraphPrior, num_graphs: int, seed: int) -> tuple[int, ...]:
 
 
 def _finish(teacher: Teacher, prior: GraphPrior, edges: EdgeSample, seed: int) -> GraphBatch:
-    x = random_features(prior.feature_kind, teacher.num_features, edges.num_nodes, seed=seed, edges=edges)
+    x = random_features(
+        prior.feature_kind, teacher.num_features, edges.num_nodes, seed=seed, edges=edges, shares=prior.label_shares
+    )
     return GraphBatch(x, edges, balanced_labels(edges.num_graphs, teacher.num_classes, seed))

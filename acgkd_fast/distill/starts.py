@@ -226,21 +226,23 @@ def random_features(
     *,
     seed: int,
     edges: EdgeSample | None = None,
+    shares: Sequence[float] | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """Node features to start from, float32 [num_nodes, num_features].
 
     Args:
-        kind: "one-hot" (uniform labels), "continuous" (independent N(0, 1)), "constant" (ones) or
+        kind: "one-hot" (labels by `shares`), "continuous" (independent N(0, 1)), "constant" (ones) or
             "degree" (one-hot degrees of `edges`, the last label standing for all higher ones).
         num_features: columns, at least 1.
         num_nodes: rows.
         seed: of a generator of its own; the global random state is left alone.
         edges: the graphs, needed for "degree".
+        shares: of each label of "one-hot"; default all equal.
         device: where the features shall live.
 
     Raises:
-        InputError: unknown kind, no columns, or "degree" without edges of `num_nodes` nodes.
+        InputError: unknown kind, no columns, another number of shares, or "degree" without edges of `num_nodes` nodes.
     """
     check_choice("kind", kind, FEATURE_KINDS)
     check(num_features >= 1, "num_features", "at least 1 column", num_features)
@@ -250,7 +252,12 @@ def random_features(
     if kind == "continuous":
         return torch.randn(num_nodes, num_features, generator=_generator(seed)).to(device)
     if kind == "one-hot":
-        label = torch.randint(num_features, (num_nodes,), generator=_generator(seed))
+        if shares is None:
+            label = torch.randint(num_features, (num_nodes,), generator=_generator(seed))
+        else:
+            check(len(shares) == num_features, "label_shares", f"{num_features}, one per feature column", len(shares))
+            weights = torch.tensor(shares, dtype=torch.float64)
+            label = torch.multinomial(weights, num_nodes, replacement=True, generator=_generator(seed))
         return torch.nn.functional.one_hot(label, num_features).float().to(device)
     if edges is None or edges.num_nodes != num_nodes:
         got = "none" if edges is None else f"{edges.num_nodes} nodes"
