@@ -6,8 +6,8 @@
 The file is written anew after every size; sizes in it are skipped, so the same command continues a run that was cut
 off. Every peer starts from the same CSR edges and pays for the format that it needs, since learned edges change in
 every step. A peer is timed only after its output and its gradients of features and edge values agree with float64.
-Peers are timed in turn, and medians of wall time are kept. The copy bandwidth is measured beside each size, so that a
-machine whose load changes does not distort the share.
+Peers are timed in turn, and medians of the process's CPU time are kept, so that other work on the machine counts little.
+The copy bandwidth is measured beside each size for the same reason.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def measure(size: Size, layers: dict[str, Layer]) -> dict[str, Any]:
         if done >= LEAST_ROUNDS and time.perf_counter() - begin > ENOUGH_SECONDS:
             break
         for name, layer in running.items():
-            start = time.perf_counter()
+            start = time.process_time()
             problem.step(layer)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     for name, times in seconds.items():
         peers[name]["median_us"] = round(1e6 * statistics.median(times), 1)
     moved, bandwidth = sum(problem.bytes_moved().values()), copy_bandwidth()

@@ -178,15 +178,15 @@ class Search {
       int64_t i = next++;
       if (i >= count) return;
       const auto work = workspaces_.take();
-      Attempt attempt = open_graph(chosen_[i], state, *work);
+      Attempt now = open_graph(chosen_[i], state, *work);
       while (i < count) {
-        // A pool of graphs is larger than a cache: the rows of one are on their way while those of another are computed.
+        // A pool is larger than a cache: the rows of one graph are on their way while those of another are computed.
         const int64_t following = next++;
-        Attempt first;
-        if (following < count) first = open_graph(chosen_[following], state, *work);
-        edit_graph(chosen_[i], attempt, *work);
+        Attempt then;
+        if (following < count) then = open_graph(chosen_[following], state, *work);
+        edit_graph(chosen_[i], now, *work);
         i = following;
-        attempt = first;
+        now = then;
       }
     });
     settle(state);

@@ -92,8 +92,9 @@ class Mirrors {
     first_node_ = graph.first_node;
     next_.resize(graph.num_nodes);
     for (int64_t i = 0; i < graph.num_nodes; ++i) {
-      const int32_t *begin = sample_.col + sample_.rowptr[first_node_ + i], *end = sample_.col + sample_.rowptr[first_node_ + i + 1];
-      const int32_t* from = first_node_ + i < row ? std::lower_bound(begin, end, static_cast<int32_t>(row)) : end;
+      const int64_t node = first_node_ + i;
+      const int32_t *begin = sample_.col + sample_.rowptr[node], *end = sample_.col + sample_.rowptr[node + 1];
+      const int32_t* from = node < row ? std::lower_bound(begin, end, static_cast<int32_t>(row)) : end;
       next_[i] = static_cast<int32_t>(from - sample_.col);
     }
   }
