@@ -6,7 +6,7 @@
 The file is written anew after every size; sizes in it are skipped, so the same command continues a run that was cut
 off. Every peer starts from the same CSR edges and pays for the format that it needs, since learned edges change in
 every step. A peer is timed only after its output and its gradients of features and edge values agree with float64.
-Peers are timed in turn, and medians of the process's CPU time are kept, so that other work on the machine counts little.
+Peers are timed in turn, and medians of CPU time are kept, so that other work on the machine counts little.
 The copy bandwidth is measured beside each size for the same reason.
 """
 
