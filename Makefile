@@ -24,7 +24,7 @@ bench-compare: $(VENV)/.bench
 	$(BIN)/python bench/compare.py $(BASE) $(or $(NEW),$(COMMIT))
 
 instructions: $(VENV)/.bench
-	$(BIN)/python bench/instructions.py --out bench/results/instructions-$(COMMIT).json
+	$(BIN)/python bench/instructions.py --out bench/results/instructions.json
 
 # docs/performance.md and its pictures, from what bench/results holds.
 performance: $(VENV)/.bench

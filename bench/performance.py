@@ -162,10 +162,10 @@ def share(row: dict[str, float], of: str) -> str:
 
 
 def instruction_rows() -> list[str]:
-    files = sorted(RESULTS.glob("instructions*.json"))
-    if not files:
+    path = RESULTS / "instructions.json"
+    if not path.exists():
         return ["Not counted yet.", ""]
-    found = json.loads(files[-1].read_text())
+    found = json.loads(path.read_text())
     rows = [[name, f"{n['native']:,}", f"{n['other']:,}"] for name, n in found["instructions"].items()]
     return [
         f"Commit {found['commit']}, torch {found['torch']}; per call, counted by callgrind (AVX2 kernels).",
@@ -251,6 +251,8 @@ def page() -> str:
     verdicts = [t.verdict for t in targets]
     best = [min(entry["times_slower_than_ours"].values()) for entry in compared(run)]
     gpu = [[f"`{name}`", what, "there" if (RESULTS / name).exists() else NO_GPU] for name, what in GPU_FILES.items()]
+    later = {name: content["commit_info"]["id"] for name, content in files.items()}
+    others = ", ".join(f"`bench_{name}.py` {at}" for name, at in later.items() if at != folder.name)
     parts = {
         "targets": target_rows(targets),
         "ratios": ratio_tables(run),
@@ -262,7 +264,7 @@ def page() -> str:
         "instructions": instruction_rows(),
     }
     return TEMPLATE.format(
-        run=folder.name,
+        run=folder.name + (f" ({others})" if others else ""),
         device=facts["device"],
         versions=", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         minutes=seconds / 60,
