@@ -33,8 +33,8 @@ class GraphPrior:
             "continuous" or "constant".
         label_shares: how often each node label occurs, one number per feature column, adding up to 1 (each number
             down to 0.001); "one-hot" only. Start graphs and random pools draw labels by it; None: all equally often.
-            What a teacher without BatchNorm cannot tell, so state it if you know it, with ``relabel=0`` in the search,
-            which would draw the labels away from it (docs/research.md).
+            With ``relabel=0`` the search keeps to it, which helped students of GCN teachers without BatchNorm and
+            none of GIN's (docs/research.md).
 
     Raises:
         InputError: an empty or non-positive node range, a mean degree that is not above 0, an unknown kind, or shares

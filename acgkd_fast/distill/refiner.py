@@ -117,7 +117,8 @@ class Refiner:
         self._weigh()
         if self._energy.running is None and settings.lam_k > 0.0:
             warn_without_batch_norm(
-                "K is undefined and the search follows the cross-entropy alone",
+                "K is undefined and the search follows the cross-entropy alone; pools found so teach far less "
+                "than real graphs do (docs/research.md)",
                 stacklevel=3,
             )
         self._trace: list[torch.Tensor] = []
