@@ -283,7 +283,8 @@ def table(
 ) -> None:
     """Accuracy of every method over data sets, teachers and splits; resumable. Prints the table."""
     from .distill.config import RunConfig
-    from .table import ROWS, Table, default_rows, render
+    from .table import ROWS, Table, default_rows
+    from .table_view import render
 
     config = RunConfig() if config_file is None else RunConfig.from_file(config_file)
     chosen = default_rows() if rows is None else ROWS if rows == "all" else _names(rows)

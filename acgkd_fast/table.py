@@ -7,7 +7,6 @@ are the same in every cell, the last epoch counts, and a method sees the teacher
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
 import time
 import warnings
@@ -333,57 +332,6 @@ def _product(datasets: Sequence[str], teachers: Sequence[str], splits: Sequence[
 def _line(cell: dict[str, Any]) -> str:
     value = f"{100 * cell['accuracy']:.1f}" if "accuracy" in cell else f"skipped: {cell['skipped']}"
     return f"{cell['dataset']}, {cell['teacher']} -> {cell['student']}, split {cell['split']}, {cell['row']}: {value}"
-
-
-def render(path: Path) -> str:
-    """The file of cells as Markdown: a table per teacher and student, mean and deviation over splits.
-
-    The last column is the share that a row closes of the gap between the floor (the better of majority class and
-    random graphs anew) and distillation on real graphs: the mean over data sets where that gap is above 2 points.
-    """
-    cells = [cell for cell in MetricsLog(path).read() if "accuracy" in cell]
-    pairs = sorted({(cell["teacher"], cell["student"]) for cell in cells})
-    return "\n\n".join(_render_pair(cells, teacher, student) for teacher, student in pairs)
-
-
-def _render_pair(cells: list[dict[str, Any]], teacher: str, student: str) -> str:
-    scores: dict[tuple[str, str], list[float]] = {}
-    for cell in cells:
-        if (cell["teacher"], cell["student"]) == (teacher, student):
-            scores.setdefault((cell["row"], cell["dataset"]), []).append(100 * cell["accuracy"])
-    datasets = [name for name in MEAN_NODES if any(key[1] == name for key in scores)]
-    names = list(dict.fromkeys([*ROWS, *(key[0] for key in scores)]))
-    rows = [name for name in names if any(key[0] == name for key in scores)]
-    lines = [
-        f"Teacher {teacher}, student {student}",
-        "",
-        f"| row | {' | '.join(datasets)} | gap closed |",
-        f"| --- |{' --- |' * (len(datasets) + 1)}",
-    ]
-    for row in rows:
-        values = [_entry(scores.get((row, dataset), [])) for dataset in datasets]
-        lines.append(f"| {row} | {' | '.join(values)} | {_gap_closed(scores, row, datasets)} |")
-    return "\n".join(lines)
-
-
-def _entry(values: list[float]) -> str:
-    if not values:
-        return "-"
-    deviation = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{deviation}"
-
-
-def _gap_closed(scores: dict[tuple[str, str], list[float]], row: str, datasets: list[str]) -> str:
-    """Mean over data sets of (row - floor) over (ceiling - floor), where the gap is above 2 points."""
-    shares = []
-    for dataset in datasets:
-        if not all((name, dataset) in scores for name in (*FLOOR, CEILING, row)):
-            continue
-        floor = max(statistics.fmean(scores[name, dataset]) for name in FLOOR)
-        gap = statistics.fmean(scores[CEILING, dataset]) - floor
-        if gap > 2.0:
-            shares.append((statistics.fmean(scores[row, dataset]) - floor) / gap)
-    return f"{100 * statistics.fmean(shares):.0f} %" if shares and row not in (*FLOOR, CEILING) else "-"
 
 
 def default_rows() -> tuple[str, ...]:

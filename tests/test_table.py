@@ -10,7 +10,8 @@ from click.testing import CliRunner
 import acgkd_fast as af
 from acgkd_fast.cli import main
 from acgkd_fast.distill.config import RunConfig
-from acgkd_fast.table import BASELINES, VARIANTS, Table, default_rows, render
+from acgkd_fast.table import BASELINES, VARIANTS, Table, default_rows
+from acgkd_fast.table_view import render
 
 pytest.importorskip("torch_geometric", reason="house-or-cycle needs torch-geometric")
 
@@ -77,10 +78,29 @@ def test_render_gives_means_deviations_and_the_share_of_the_gap(tmp_path):
     lines.append(json.dumps({**common, "row": "GFKD", "split": 0, "skipped": "too many pairs"}))
     path.write_text("\n".join(lines) + "\n")
     text = render(path)
-    assert "| acgkd-fast | 75.0 +- 7.1 | 75 % |" in text
-    assert "| majority class | 60.0 +- 0.0 | - |" in text
-    assert "| real graphs | 80.0 +- 0.0 | - |" in text
+    assert "| acgkd-fast | 75.0 +- 7.1 | 75 % | - |" in text
+    assert "| majority class | 60.0 +- 0.0 | - | -15.0 |" in text
+    assert "| real graphs | 80.0 +- 0.0 | - | +5.0 |" in text
     assert "GFKD" not in text
+
+
+def test_rows_with_fewer_splits_are_compared_on_the_splits_that_they_have(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    common = {"teacher": "gcn5-64", "student": "gcn3-32", "dataset": "MUTAG", "stage": "x", "step": 0}
+    values = {
+        "majority class": (0.6, 0.2),
+        "random graphs anew": (0.5, 0.4),
+        "real graphs": (0.8, 0.9),
+        "acgkd-fast": (0.7, 0.8),
+        "learn only": (0.75,),
+    }
+    lines = [
+        json.dumps({**common, "row": row, "split": split, "accuracy": value})
+        for row, pair in values.items()
+        for split, value in enumerate(pair)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    assert "| learn only | 75.0 (1) | 75 % | +5.0 |" in render(path)
 
 
 def test_ablations_are_settings_of_the_run():
