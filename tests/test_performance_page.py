@@ -107,6 +107,9 @@ def small_bench(tmp_path, monkeypatch):
     (tmp_path / "bench_good.py").write_text(good)
     (tmp_path / "bench_bad.py").write_text(good + "    assert False\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\naddopts = -p no:xdist\n")
+    # pytest-benchmark measures nothing in a process that it takes for a worker of pytest-xdist.
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_ADDOPTS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(run, "BENCH", tmp_path)
     return tmp_path
 
@@ -115,7 +118,7 @@ def test_a_failed_benchmark_leaves_no_results(small_bench, capfd):
     out = small_bench / "out"
     assert run.names() == ["bad", "good"]
     assert run.main(["--out", str(out)]) == 1
-    assert "failed: bad" in capfd.readouterr().err
+    assert "failed: bad\n" in capfd.readouterr().err
     assert [path.name for path in out.iterdir()] == ["good.json"]
     found = json.loads((out / "good.json").read_text())
     assert found["seconds"] > 0
