@@ -67,6 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "curriculum, self-paced": {"student.curriculum.difficulty": "disagreement"},
     "adversarial temperature": {"student.adversary.mode": "global"},
     "adversarial temperature, per graph": {"student.adversary.mode": "graph"},
+    "logits as they are": {"student.margin": 0.0},
     "mean square of logits": {"student.kl_weight": 0.0, "student.mse_weight": 1.0},
 }
 
@@ -275,7 +276,7 @@ class Table:
     def _ours(self, task: Task) -> tuple[nn.Module, dict[str, Any]]:
         graphs, facts = self._pool(task)
         model = task.taught(graphs)
-        witness = pool_agreement(task.case.teacher, model, graphs, task.config.student.temperature)
+        witness = pool_agreement(task.case.teacher, model, graphs, task.config.student)
         return model, {**facts, "student_agreement": witness["agreement"], "student_divergence": witness["divergence"]}
 
     def _pool(self, task: Task) -> tuple[GraphBatch, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 
@@ -16,6 +17,7 @@ from acgkd_fast.distill.student import (
     StudentSettings,
     _Lesson,
     distill_student,
+    logit_unit,
     new_student,
     pool_agreement,
     teacher_logits,
@@ -80,18 +82,19 @@ def test_feature_distance():
         feature_distance(student, zero, ptr, "edge")
 
 
-@pytest.mark.parametrize("level", ["node", "graph"])
-def test_the_loss_is_the_weighted_sum_of_its_terms(teacher, pool, level):
-    settings = changed(
-        reuse_classifier=True, kl_weight=0.7, mse_weight=0.2, feature_weight=0.4, feature_level=level, temperature=3.0
-    )
+@pytest.mark.parametrize("level, margin", [("node", 0.0), ("graph", 1.5)])
+def test_the_loss_is_the_weighted_sum_of_its_terms(teacher, pool, level, margin):
+    weights = {"kl_weight": 0.7, "mse_weight": 0.2, "feature_weight": 0.4}
+    settings = changed(reuse_classifier=True, feature_level=level, temperature=3.0, margin=margin, **weights)
     student = new_student(teacher, "gcn3-8", 0, settings)
     lesson = _Lesson(teacher, teacher_parts(teacher), student, settings, 0)
     assert lesson.begin_epoch(0, pool) is None
     positions = torch.tensor([3, 0, 7])
     graphs = pool.select(positions)
     student.eval()
-    answer, target = student(graphs.x, graphs.edges), teacher(graphs)
+    unit = logit_unit(teacher_logits(teacher, pool), margin)
+    # A reused classifier answers in the teacher's unit, in which its features are compared too.
+    answer, target = student(graphs.x, graphs.edges) / unit, teacher(graphs) / unit
     h, wanted = student.node_features(graphs.x, graphs.edges), teacher.module.node_features(graphs.x, graphs.edges)
     kl = 9 * torch.nn.functional.kl_div((answer / 3).log_softmax(1), (target / 3).softmax(1), reduction="batchmean")
     ptr = graphs.ptr.tolist()
@@ -113,7 +116,8 @@ def test_self_paced_weights_multiply_the_losses(teacher, pool):
     assert student.training
     graphs = pool.select(visited)
     student.eval()
-    divergence = distillation_divergence(student(graphs.x, graphs.edges), teacher(graphs), 2.0)
+    target = teacher(graphs) / logit_unit(teacher_logits(teacher, pool), settings.margin)
+    divergence = distillation_divergence(student(graphs.x, graphs.edges), target, 2.0)
     loss = lesson.loss(graphs, visited)
     weight = lesson._weights[visited]
     torch.testing.assert_close(loss, (weight * divergence).mean())
@@ -121,6 +125,57 @@ def test_self_paced_weights_multiply_the_losses(teacher, pool):
         mine = graphs.y == label
         easy_first = divergence[mine].argsort()
         assert (weight[mine][easy_first].diff() <= 1e-6).all()
+
+
+def test_logit_unit():
+    logits = torch.tensor([[9.0, 1.0, 5.0], [0.0, 0.5, -3.0], [2.0, 8.0, 20.0]])
+    assert logit_unit(logits, 2.0) == 2.0 and logit_unit(logits, 1.0) == 4.0
+    assert logit_unit(logits, 0.0) == 1.0
+    for nothing in (logits[:0], logits[:, :1], torch.ones(3, 2), torch.full((3, 2), torch.nan)):
+        assert logit_unit(nothing, 2.0) == 1.0
+
+
+def steeper(teacher, factor):
+    module = copy.deepcopy(teacher.module)
+    with torch.no_grad():
+        for parameter in module.classifier.parameters():
+            parameter.mul_(factor)
+    return as_teacher(module)
+
+
+@pytest.mark.parametrize("part", ["plain", "reused", "another module"])
+def test_a_steeper_teacher_teaches_the_same(teacher, pool, part):
+    """Logits 64 times as large: the same losses, hence the same student, whose logits follow the teacher's unit."""
+    settings = changed(epochs=2, reuse_classifier=part == "reused")
+    losses, students = [[], []], []
+    for seen, factor in zip(losses, (1.0, 64.0), strict=True):
+        its = steeper(teacher, factor)
+        student = new_student(its, "gcn3-8", 0, settings)
+        if part == "another module":
+            student = Scaled(student, factor)
+        students.append(distill_student(its, pool, student, settings, progress=lambda _, v, s=seen: s.append(v)))
+    assert losses[0] == losses[1]
+    answers = [student(pool.x, pool.edges) for student in students]
+    torch.testing.assert_close(64.0 * answers[0], answers[1])
+
+
+class Scaled(torch.nn.Module):
+    """A student whose classifier is nobody's business."""
+
+    def __init__(self, inner, factor):
+        super().__init__()
+        self.inner, self.factor = inner, factor
+
+    def forward(self, x, edges):
+        return self.factor * self.inner(x, edges)
+
+
+def test_a_student_answers_in_its_teachers_unit(teacher, pool):
+    its = steeper(teacher, 50.0)
+    student = distill_student(its, pool, "gcn3-16", changed(epochs=60))
+    ours, theirs = (logit_unit(teacher_logits(as_teacher(m), pool), 1.0) for m in (student, its))
+    assert 0.5 < ours / theirs < 2.0
+    assert pool_agreement(its, student, pool)["agreement"] > 0.9
 
 
 # What learns, what stays

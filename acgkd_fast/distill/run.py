@@ -184,7 +184,7 @@ class Run:
         for stage in ("parameters", "agreement"):
             self.metrics.rewind(stage, -1)
         self.metrics.write("parameters", 0, dict(self.parameters))
-        found = [pool_agreement(self.teacher, student, graphs, self.config.student.temperature) for student in taught]
+        found = [pool_agreement(self.teacher, student, graphs, self.config.student) for student in taught]
         for seed, values in zip(seeds, found, strict=True):
             self.metrics.write("agreement", seed, dict(values))
         saved = found[0]["agreement"]

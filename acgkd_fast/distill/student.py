@@ -28,7 +28,7 @@ class StudentSettings:
     """Settings of the student's training.
 
     The loss of a graph is kl_weight * temperature^2 KL + mse_weight * MSE of the logits + feature_weight *
-    :func:`~.objectives.feature_distance`.
+    :func:`~.objectives.feature_distance`, with logits in the unit that `margin` sets.
 
     Attributes:
         epochs, lr, weight_decay, batch_size: Adam with linear decay to 0; the last epoch stands. The defaults
@@ -39,6 +39,9 @@ class StudentSettings:
             running averages over mini-batches.
         dropout: on the logits of a student given by name. GFKD has 0.5 there, which only keeps the
             student from matching the teacher's logits.
+        margin: the loss sees logits in the unit in which the teacher's median margin over the pool is this, so that
+            one temperature suits teachers whose margins are 4 and teachers whose margins are 80
+            (:func:`logit_unit`); the finished student answers in the teacher's own unit. 0: the logits as they are.
         temperature: of the softened logits.
         kl_weight, mse_weight, feature_weight: factors of the three terms, 0 leaves one out.
         feature_level: "node" or "graph"; the feature term needs `reuse_classifier`.
@@ -57,6 +60,7 @@ class StudentSettings:
     clip_norm: float = 1.0
     recalibrate: bool = True
     dropout: float = 0.0
+    margin: float = 2.0
     temperature: float = 2.0
     kl_weight: float = 1.0
     mse_weight: float = 0.0
@@ -79,7 +83,7 @@ class StudentSettings:
             value = getattr(self, name)
             check(is_number(value) and 0 < value < float("inf"), name, "a number above 0", value)
         weights = ("kl_weight", "mse_weight", "feature_weight")
-        for name in ("weight_decay", "clip_norm", *weights):
+        for name in ("weight_decay", "clip_norm", "margin", *weights):
             value = getattr(self, name)
             check(is_number(value) and 0 <= value < float("inf"), name, "a number of 0 or more", value)
         total = tuple(getattr(self, name) for name in weights)
@@ -154,9 +158,10 @@ def distill_student(
         begin_epoch=lesson.begin_epoch,
         measure=lesson.measure,
     )
+    last = pool(settings.epochs - 1) if callable(pool) else pool
     if settings.recalibrate:
-        last = pool(settings.epochs - 1) if callable(pool) else pool
         recalibrate_batch_norm(model, last, call_convention(model))
+    lesson.restore_unit(last)
     return model
 
 
@@ -196,21 +201,43 @@ def teacher_logits(teacher: Teacher, graphs: GraphBatch, batch_size: int = 512) 
     return _in_parts(teacher, graphs, batch_size)
 
 
+def logit_unit(logits: torch.Tensor, margin: float) -> float:
+    """The factor between logits as they are and logits whose median margin is `margin`.
+
+    Logits of teachers that sum over nodes can be tens of times larger than others'. At a fixed temperature those
+    soft targets are hard ones, and a few graphs with extreme logits decide what the student learns.
+
+    Args:
+        logits: the teacher's on a pool, [B, C].
+        margin: 0 for the logits as they are.
+
+    Returns:
+        Median over graphs of (largest - second largest logit), over `margin`; 1 where that is not a number above 0.
+    """
+    if margin == 0 or logits.shape[0] == 0 or logits.shape[1] < 2:
+        return 1.0
+    best = logits.double().topk(2, dim=1).values
+    unit = float((best[:, 0] - best[:, 1]).median()) / margin
+    return unit if 0.0 < unit < float("inf") else 1.0
+
+
 @torch.no_grad()
 def pool_agreement(
-    teacher: Teacher, student: nn.Module, pool: GraphBatch, temperature: float = 2.0
+    teacher: Teacher, student: nn.Module, pool: GraphBatch, settings: StudentSettings | None = None
 ) -> dict[str, float]:
     """How well a student learned its pool, without any data: what tells a collapsed student from a good one.
 
     Returns:
         ``agreement``, the share of graphs on which student (in eval mode) and teacher name the same class, and
-        ``divergence``, the mean temperature^2 KL.
+        ``divergence``, the mean temperature^2 KL in the unit of the settings' margin.
     """
+    settings = settings or StudentSettings()
     theirs = teacher_logits(teacher, pool)
     ours = _in_parts(call_convention(student), pool)
+    unit = logit_unit(theirs, settings.margin)
     return {
         "agreement": float((ours.argmax(1) == theirs.argmax(1)).double().mean()),
-        "divergence": float(distillation_divergence(ours, theirs, temperature).mean()),
+        "divergence": float(distillation_divergence(ours / unit, theirs / unit, settings.temperature).mean()),
     }
 
 
@@ -245,17 +272,37 @@ class _Lesson:
         self._call = call_convention(model)
         self._seen: GraphBatch | None = None
         self._targets = torch.empty(0)
+        self._unit = 1.0
         self._weights: torch.Tensor | None = None
         self._epoch = 0
         self._temperatures: list[torch.Tensor] = []
         self._figures: dict[str, float] = {}
+
+    @property
+    def _own_unit(self) -> float:
+        """What the module's answers are divided by before the loss sees them.
+
+        Growing from a fresh start to logits of 80 takes most of a short training, so a student whose classifier can be
+        scaled afterwards learns in the unit of the loss.
+        """
+        return 1.0 if isinstance(self._model, GraphClassifier) else self._unit
+
+    @torch.no_grad()
+    def restore_unit(self, graphs: GraphBatch) -> None:
+        """Bring a student that learned in the unit of the loss to the teacher's."""
+        if isinstance(self._model, GraphClassifier):
+            unit = logit_unit(teacher_logits(self._teacher, graphs), self._settings.margin)
+            for parameter in self._model.classifier.parameters():
+                parameter.mul_(unit)
 
     def begin_epoch(self, epoch: int, graphs: GraphBatch) -> torch.Tensor | None:
         """Positions to visit, None for all."""
         self._epoch, self._figures = epoch, {}
         self._temperatures = []
         if graphs is not self._seen:
-            self._seen, self._targets = graphs, teacher_logits(self._teacher, graphs)
+            logits = teacher_logits(self._teacher, graphs)
+            self._unit = logit_unit(logits, self._settings.margin)
+            self._seen, self._targets = graphs, logits / self._unit
         curriculum = self._settings.curriculum
         if curriculum.difficulty == "none":
             return None
@@ -277,7 +324,7 @@ class _Lesson:
 
     def _disagreement(self, graphs: GraphBatch) -> torch.Tensor:
         self._model.eval()
-        answers = _in_parts(self._call, graphs)
+        answers = _in_parts(self._call, graphs) / self._own_unit
         self._model.train()
         return distillation_divergence(answers, self._targets, self._settings.temperature)
 
@@ -287,13 +334,13 @@ class _Lesson:
         losses = target.new_zeros(graphs.num_graphs)
         if isinstance(self._model, ProjectedClassifier):
             h = self._model.node_features(graphs.x, graphs.edges)
-            answer = self._model.classify(h, graphs.ptr)
+            answer = self._model.classify(h, graphs.ptr) / self._own_unit
             if settings.feature_weight > 0:
                 assert self._parts is not None
                 distance = feature_distance(h, self._parts.embed(graphs), graphs.ptr, settings.feature_level)
                 losses = losses + settings.feature_weight * distance
         else:
-            answer = self._call(graphs)
+            answer = self._call(graphs) / self._own_unit
         if settings.kl_weight > 0:
             temperature = self._temperature(answer, target)
             losses = losses + settings.kl_weight * distillation_divergence(answer, target, temperature)
