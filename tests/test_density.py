@@ -16,11 +16,11 @@ from acgkd_fast.nn.models import build_model
 PRIOR = af.GraphPrior(14, 20, feature_kind="one-hot")
 
 
-def calibrated(arch: str, mean_degree: float) -> af.Teacher:
+def calibrated(arch: str, mean_degree: float, prior: af.GraphPrior = PRIOR) -> af.Teacher:
     """A random teacher whose running statistics are those of random graphs of a mean degree."""
     torch.manual_seed(0)
-    teacher = build_model(arch, 7, 2)
-    graphs = af.random_pool(af.as_teacher(teacher), replace(PRIOR, mean_degree=mean_degree), 200, seed=5)
+    teacher = build_model(arch, 7 if prior is PRIOR else 16, 2)
+    graphs = af.random_pool(af.as_teacher(teacher), replace(prior, mean_degree=mean_degree), 200, seed=5)
     for layer in teacher.modules():
         if isinstance(layer, torch.nn.BatchNorm1d):
             layer.reset_running_stats()
@@ -44,6 +44,29 @@ def test_gives_up_on_graphs_that_are_hopelessly_dense():
     tried = find_density(calibrated("gin3-32", 2.2), PRIOR, num_graphs=32, steps=60).tried
     ks = [k for _, k in tried]
     assert all(k <= 10.0 * min(ks[: i + 1]) for i, k in enumerate(ks[:-1]))
+
+
+@pytest.mark.parametrize("degree", [3.0, 7.0])
+def test_labels_that_are_degrees_tell_the_density(degree):
+    prior = replace(PRIOR, feature_kind="degree")
+    found = find_density(calibrated("gcn3-32", degree, prior), prior, num_graphs=32, steps=150)
+    assert found.label_degree is not None and abs(found.label_degree - degree) <= 1.0
+    assert found.mean_degree == max(found.label_degree, min(found.tried, key=lambda trial: trial[1])[0])
+
+
+def test_labels_decide_where_k_finds_trees(monkeypatch):
+    prior = replace(PRIOR, feature_kind="degree")
+    monkeypatch.setattr("acgkd_fast.distill.density._HOPELESS", 0.0)
+    found = find_density(calibrated("gcn3-32", 7.0, prior), prior, num_graphs=32, steps=300)
+    assert len(found.tried) == 1
+    assert found.mean_degree == found.label_degree and abs(found.label_degree - 7.0) <= 1.0
+
+
+def test_labels_are_not_asked_where_the_search_has_not_come_near():
+    prior = replace(PRIOR, feature_kind="degree")
+    found = find_density(calibrated("gcn3-32", 7.0, prior), prior, num_graphs=32, steps=1)
+    assert found.label_degree is None
+    assert found.mean_degree == min(found.tried, key=lambda trial: trial[1])[0]
 
 
 def test_a_stated_density_and_a_teacher_without_batch_norm_end_the_search():

@@ -1,4 +1,5 @@
-"""The density of the pseudo-graphs, found without data: the one at which a short search comes closest to K = 0."""
+"""The density of the pseudo-graphs, found without data: where a short search comes closest to K = 0, and, if the
+features are degrees, what the labels say that a longer one needs."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from ..errors import check, is_integer
 from ..pseudo_graphs import GraphPrior
 from ..teachers import Teacher, as_teacher
 from .pool import start_graphs
-from .refine import Refiner, RefineSettings
+from .refine_settings import RefineResult, RefineSettings
+from .refiner import K_WARNING, Refiner
 from .statistics import BatchNormProbe, warn_without_batch_norm
 
 # Mean degrees to try, as multiples of a tree's with a few rings, up to this share of complete graphs.
@@ -18,6 +20,8 @@ _RATIO = 1.4
 _FULLEST = 0.8
 # K only grows from here on: graphs far too dense are the slowest to search.
 _HOPELESS = 10.0
+# Labels settle long after K has told one density from another.
+_LABEL_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,15 @@ class Density:
     """What was tried and what was best.
 
     Attributes:
-        mean_degree: of the start graphs whose short search ended with the least K.
+        mean_degree: of the start graphs whose short search ended with the least K, or `label_degree` if that is more.
         tried: (mean degree, K) of each trial, from sparse to dense; empty where nothing was tried.
+        label_degree: median of the labels after a longer search, where labels are degrees; None where they are not,
+            or where K stayed so high that they mean little.
     """
 
     mean_degree: float
     tried: tuple[tuple[float, float], ...]
+    label_degree: float | None = None
 
 
 def find_density(
@@ -43,8 +50,10 @@ def find_density(
 ) -> Density:
     """Search from start graphs of several densities, by K alone, and compare how far each comes.
 
-    The search proper adds and deletes few edges, so that it ends near the density it set out from; a teacher whose
-    layers normalise by degree hides density from K, and then this finds little to choose from.
+    The search proper adds and deletes few edges, so that it ends near the density it set out from. A teacher whose
+    layers normalise by degree hides density from K. If its features are one-hot degrees, it still tells them: K fixes
+    how often each label occurs, whatever the edges, and the median of a pool's labels is a degree of the graphs that
+    the teacher learned from. (Its mean is none: labels that the teacher never saw cost little and occur too often.)
 
     Args:
         teacher: a Teacher or any module that `as_teacher` accepts; stays frozen.
@@ -54,7 +63,8 @@ def find_density(
 
     Returns:
         Density: of mean degrees 2.05, 2.9, 4.0 and so on, 1.4 times the last, up to 0.8 of a complete graph's or to
-        ten times the least K, the one with the least K. The first of them where the teacher has no BatchNorm.
+        ten times the least K, the one with the least K, or the labels' (at most 0.8 of a complete graph's, too) if that
+        is more. The first of them where the teacher has no BatchNorm.
 
     Raises:
         InputError: num_graphs or steps below 1.
@@ -74,14 +84,25 @@ def find_density(
             )
         return Density(prior.expected_degree, ())
     degree, most = prior.expected_degree, _FULLEST * ((prior.min_nodes + prior.max_nodes) / 2 - 1)
-    settings = RefineSettings(steps=steps, w_ce=0.0)
-    tried: list[tuple[float, float]] = []
-    while not tried or (degree <= most and tried[-1][1] <= _HOPELESS * min(k for _, k in tried)):
+
+    def search(degree: float, steps: int) -> RefineResult:
         start = start_graphs(teacher, replace(prior, mean_degree=degree), num_graphs, seed=seed)
+        settings = RefineSettings(steps=steps, w_ce=0.0)
         refiner = Refiner(teacher, start, settings, seed=seed, feature_kind=prior.feature_kind)
         refiner.advance(steps)
-        found = refiner.result().k
+        return refiner.result()
+
+    tried: list[tuple[float, float]] = []
+    while not tried or (degree <= most and tried[-1][1] <= _HOPELESS * min(k for _, k in tried)):
+        found = search(degree, steps).k
         assert found is not None
         tried.append((round(degree, 2), found))
         degree *= _RATIO
-    return Density(min(tried, key=lambda trial: trial[1])[0], tuple(tried))
+    best = min(tried, key=lambda trial: trial[1])[0]
+    if prior.feature_kind != "degree":
+        return Density(best, tuple(tried))
+    longer = search(best, _LABEL_STEPS * steps)
+    if longer.k is None or longer.k > K_WARNING:
+        return Density(best, tuple(tried))
+    labelled = float(longer.graphs.x.argmax(1).median())
+    return Density(max(best, min(labelled, most)), tuple(tried), labelled)

@@ -244,7 +244,8 @@ class Run:
             found = find_density(self.teacher, config.prior, steps=config.density_steps, seed=config.seed)
             for trial, (degree, k) in enumerate(found.tried):
                 self.metrics.write("density", trial, {"tried": degree, "k": k})
-            self.metrics.write("density", len(found.tried), {"mean_degree": found.mean_degree})
+            labels = {} if found.label_degree is None else {"label_degree": found.label_degree}
+            self.metrics.write("density", len(found.tried), {"mean_degree": found.mean_degree, **labels})
             rows = [{"mean_degree": found.mean_degree}]
         return replace(config.prior, mean_degree=rows[-1]["mean_degree"])
 
