@@ -116,7 +116,7 @@ def test_whole_run(tmp_path, changes):
     assert said["k"] > 0.0 and 0.0 <= said["agreement"] <= 1.0 and said["peak_memory_mib"] > 1.0
     assert (said["candidates"] > 0) == (changes.get("learn.steps", 0) > 0)
     tried = [line for line in lines if line["stage"] == "density"]
-    assert tried[-1]["mean_degree"] == min(tried[:-1], key=lambda line: line["k"])["tried"]
+    assert tried[-1]["mean_degree"] in [line["tried"] for line in tried[:-1]]
 
 
 def test_the_same_seed_gives_the_same_files(tmp_path):

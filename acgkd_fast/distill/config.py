@@ -36,7 +36,7 @@ class RunConfig:
     num_graphs: int = 400
     seed: int = 0
     xi: float = 1.0
-    density_steps: int = 600
+    density_steps: int = 2000
     prior: GraphPrior = field(default_factory=GraphPrior)
     learn: LearnSettings = field(default_factory=lambda: LearnSettings(steps=0))
     refine: RefineSettings = field(default_factory=lambda: RefineSettings(unlabelled=0.25))

@@ -20,8 +20,10 @@ _RATIO = 1.4
 _FULLEST = 0.8
 # K only grows from here on: graphs far too dense are the slowest to search.
 _HOPELESS = 10.0
+# A factor between the K of two short searches that says nothing once both have come near.
+_TIE = 2.0
 # Labels settle long after K has told one density from another.
-_LABEL_STEPS = 10
+_LABEL_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Density:
     """What was tried and what was best.
 
     Attributes:
-        mean_degree: of the start graphs whose short search ended with the least K, or `label_degree` if that is more.
+        mean_degree: of the sparsest start graphs whose short search came as near to K = 0 as any, or `label_degree` if
+            that is more.
         tried: (mean degree, K) of each trial, from sparse to dense; empty where nothing was tried.
         label_degree: median of the labels after a longer search, where labels are degrees; None where they are not,
             or where K stayed so high that they mean little.
@@ -45,7 +48,7 @@ def find_density(
     prior: GraphPrior,
     *,
     num_graphs: int = 64,
-    steps: int = 600,
+    steps: int = 2000,
     seed: int = 0,
 ) -> Density:
     """Search from start graphs of several densities, by K alone, and compare how far each comes.
@@ -63,8 +66,9 @@ def find_density(
 
     Returns:
         Density: of mean degrees 2.05, 2.9, 4.0 and so on, 1.4 times the last, up to 0.8 of a complete graph's or to
-        ten times the least K, the one with the least K, or the labels' (at most 0.8 of a complete graph's, too) if that
-        is more. The first of them where the teacher has no BatchNorm.
+        ten times the least K, the one with the least K; where that is below 0.05, the first whose K is at most twice as
+        much. The labels' (at most 0.8 of a complete graph's, too) if that is more. The first where the teacher has no
+        BatchNorm.
 
     Raises:
         InputError: num_graphs or steps below 1.
@@ -98,7 +102,9 @@ def find_density(
         assert found is not None
         tried.append((round(degree, 2), found))
         degree *= _RATIO
-    best = min(tried, key=lambda trial: trial[1])[0]
+    least = min(k for _, k in tried)
+    near = least * _TIE if least <= K_WARNING else least
+    best = next(degree for degree, k in tried if k <= near)
     if prior.feature_kind != "degree":
         return Density(best, tuple(tried))
     longer = search(best, _LABEL_STEPS * steps)
