@@ -149,14 +149,18 @@ BASELINES: dict[str, Callable[[Task], nn.Module]] = {
     "real graphs": lambda task: task.taught(task.case.train),
     "random graphs": lambda task: task.taught(random_pool(*task.common, seed=task.seed)),
     "random graphs anew": lambda task: task.taught(random_pools(*task.common, seed=task.seed)),
+    # At an earlier default of the student's, which suits random graphs better on some sets.
+    "random graphs anew, margin 0": lambda task: replace(
+        task, config=task.config.with_settings({"student.margin": 0.0})
+    ).taught(random_pools(*task.common, seed=task.seed)),
     "balanced random graphs": lambda task: task.taught(balanced_random_pool(*task.common, seed=task.seed)),
     "inverted features": lambda task: task.taught(inverted_features(*task.common, seed=task.seed)),
     "GFKD": _gfkd,
     "DFAD-GNN": _dfad,
 }
 ROWS = ("majority class", *BASELINES, *VARIANTS)
-# The better of these is the floor that a method has to leave below.
-FLOOR = ("majority class", "random graphs anew")
+# The best of these is the floor that a method has to leave below.
+FLOOR = ("majority class", "random graphs anew", "random graphs anew, margin 0")
 CEILING = "real graphs"
 OURS = "acgkd-fast"
 

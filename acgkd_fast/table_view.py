@@ -18,7 +18,7 @@ def render(path: Path) -> str:
     """The file of cells as Markdown: a table per teacher and student, mean and deviation over splits.
 
     A number of splits stands in brackets where others have more. The last columns compare on the same splits alone: the
-    share that a row closes of the gap between the floor (the better of majority class and random graphs anew) and
+    share that a row closes of the gap between the floor (the best of majority class and random graphs anew) and
     distillation on real graphs, as the mean over data sets where that gap is above 2 points, and the points above
     our own method at its defaults, as the mean over data sets.
     """
