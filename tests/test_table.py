@@ -67,6 +67,7 @@ def test_render_gives_means_deviations_and_the_share_of_the_gap(tmp_path):
     values = {
         "majority class": (0.6, 0.6),
         "random graphs anew": (0.5, 0.4),
+        "random graphs anew, margin 0": (0.2, 0.3),
         "real graphs": (0.8, 0.8),
         "acgkd-fast": (0.7, 0.8),
     }
@@ -90,6 +91,7 @@ def test_rows_with_fewer_splits_are_compared_on_the_splits_that_they_have(tmp_pa
     values = {
         "majority class": (0.6, 0.2),
         "random graphs anew": (0.5, 0.4),
+        "random graphs anew, margin 0": (0.7, 0.1),
         "real graphs": (0.8, 0.9),
         "acgkd-fast": (0.7, 0.8),
         "learn only": (0.75,),
@@ -100,7 +102,7 @@ def test_rows_with_fewer_splits_are_compared_on_the_splits_that_they_have(tmp_pa
         for split, value in enumerate(pair)
     ]
     path.write_text("\n".join(lines) + "\n")
-    assert "| learn only | 75.0 (1) | 75 % | +5.0 |" in render(path)
+    assert "| learn only | 75.0 (1) | 50 % | +5.0 |" in render(path)
 
 
 def test_ablations_are_settings_of_the_run():
