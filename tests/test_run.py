@@ -218,6 +218,12 @@ def test_bad_settings_are_named(changes, message):
         RunConfig().with_settings(changes)
 
 
+def test_settings_leave_what_they_are_given_alone():
+    prior = {"mean_degree": 5.0, "max_nodes": 20}
+    config = RunConfig().with_settings({"prior": prior, "prior.mean_degree": 2.0})
+    assert config.prior.mean_degree == 2.0 and prior == {"mean_degree": 5.0, "max_nodes": 20}
+
+
 def test_config_files(tmp_path):
     path = tmp_path / "config.json"
     with pytest.raises(DataError, match="expected a JSON file"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from dataclasses import dataclass, field
@@ -90,7 +91,8 @@ class RunConfig:
             target = values
             for name in folders:
                 target = target[name]
-            target[last] = value
+            # A later path may lead into this value, which is the caller's.
+            target[last] = copy.deepcopy(value)
         return self.from_dict(values)
 
 
