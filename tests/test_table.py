@@ -82,7 +82,10 @@ def test_render_gives_means_deviations_and_the_share_of_the_gap(tmp_path):
     assert "| acgkd-fast | 75.0 +- 7.1 | 75 % | - |" in text
     assert "| majority class | 60.0 +- 0.0 | - | -15.0 |" in text
     assert "| real graphs | 80.0 +- 0.0 | - | +5.0 |" in text
-    assert "GFKD" not in text
+    assert "| GFKD |" not in text
+    # Above random graphs anew 75 - 45, above those at margin 0 75 - 25; skipped cells count nowhere.
+    assert "| gcn3-32 | 75 % (1) | +30.0 (+30.0) | +50.0 (+50.0) | - | - |" in text
+    assert "| all | 75 % (1) |" in text
 
 
 def test_rows_with_fewer_splits_are_compared_on_the_splits_that_they_have(tmp_path):
