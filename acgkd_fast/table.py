@@ -280,7 +280,7 @@ class Table:
     def _ours(self, task: Task) -> tuple[nn.Module, dict[str, Any]]:
         graphs, facts = self._pool(task)
         model = task.taught(graphs)
-        witness = pool_agreement(task.case.teacher, model, graphs, task.config.student)
+        witness = pool_agreement(task.case.teacher, model, graphs, settings=task.config.student)
         return model, {**facts, "student_agreement": witness["agreement"], "student_divergence": witness["divergence"]}
 
     def _pool(self, task: Task) -> tuple[GraphBatch, dict[str, Any]]:

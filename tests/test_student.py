@@ -19,11 +19,12 @@ from acgkd_fast.distill.student import (
     distill_student,
     logit_unit,
     new_student,
+    plain_student,
     pool_agreement,
     teacher_logits,
 )
 from acgkd_fast.distill.temperature import AdversarySettings
-from acgkd_fast.errors import InputError
+from acgkd_fast.errors import DataError, InputError
 from acgkd_fast.graphs import GraphBatch
 from acgkd_fast.nn import build_model
 from acgkd_fast.teachers import as_teacher, train_classifier
@@ -87,7 +88,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(teacher, pool, level, margin)
     weights = {"kl_weight": 0.7, "mse_weight": 0.2, "feature_weight": 0.4}
     settings = changed(reuse_classifier=True, feature_level=level, temperature=3.0, margin=margin, **weights)
     student = new_student(teacher, "gcn3-8", 0, settings)
-    lesson = _Lesson(teacher, teacher_parts(teacher), student, settings, 0)
+    lesson = _Lesson(teacher, teacher_parts(teacher), student, settings, 0, pool, fresh=False)
     assert lesson.begin_epoch(0, pool) is None
     positions = torch.tensor([3, 0, 7])
     graphs = pool.select(positions)
@@ -107,17 +108,19 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(teacher, pool, level, margin)
     torch.testing.assert_close(lesson.loss(graphs, positions), expected)
 
 
-def test_self_paced_weights_multiply_the_losses(teacher, pool):
+@pytest.mark.parametrize("fresh", [True, False])
+def test_self_paced_weights_multiply_the_losses(teacher, pool, fresh):
     settings = changed(curriculum=CurriculumSettings("disagreement", weights="soft", start_share=0.5))
     student = new_student(teacher, "gcn3-8", 0, settings)
-    lesson = _Lesson(teacher, None, student, settings, 0)
+    lesson = _Lesson(teacher, None, student, settings, 0, pool, fresh=fresh)
     visited = lesson.begin_epoch(0, pool)
     assert 0 < len(visited) < pool.num_graphs and lesson.measure()["share"] == len(visited) / pool.num_graphs
     assert student.training
     graphs = pool.select(visited)
     student.eval()
-    target = teacher(graphs) / logit_unit(teacher_logits(teacher, pool), settings.margin)
-    divergence = distillation_divergence(student(graphs.x, graphs.edges), target, 2.0)
+    unit = logit_unit(teacher_logits(teacher, pool), settings.margin)
+    answer = student(graphs.x, graphs.edges) / (1.0 if fresh else unit)
+    divergence = distillation_divergence(answer, teacher(graphs) / unit, 2.0)
     loss = lesson.loss(graphs, visited)
     weight = lesson._weights[visited]
     torch.testing.assert_close(loss, (weight * divergence).mean())
@@ -133,6 +136,8 @@ def test_logit_unit():
     assert logit_unit(logits, 0.0) == 1.0
     for nothing in (logits[:0], logits[:, :1], torch.ones(3, 2), torch.full((3, 2), torch.nan)):
         assert logit_unit(nothing, 2.0) == 1.0
+    # A median near 0 does not blow up the graphs that the teacher is sure of.
+    torch.testing.assert_close(logit_unit(torch.tensor([[0.0, 1e-7]] * 12 + [[0.0, 5.0]] * 8), 2.0), 0.25)
 
 
 def steeper(teacher, factor):
@@ -150,9 +155,9 @@ def test_a_steeper_teacher_teaches_the_same(teacher, pool, part):
     losses, students = [[], []], []
     for seen, factor in zip(losses, (1.0, 64.0), strict=True):
         its = steeper(teacher, factor)
-        student = new_student(its, "gcn3-8", 0, settings)
+        student = "gcn3-8"
         if part == "another module":
-            student = Scaled(student, factor)
+            student = Scaled(new_student(its, student, 0, settings), factor)
         students.append(distill_student(its, pool, student, settings, progress=lambda _, v, s=seen: s.append(v)))
     assert losses[0] == losses[1]
     answers = [student(pool.x, pool.edges) for student in students]
@@ -178,13 +183,59 @@ def test_a_student_answers_in_its_teachers_unit(teacher, pool):
     assert pool_agreement(its, student, pool)["agreement"] > 0.9
 
 
+def test_a_module_is_trained_from_where_it_is(teacher, pool):
+    its = steeper(teacher, 50.0)
+    student = distill_student(its, pool, "gcn3-8", SMALL)
+    before = student(pool.x, pool.edges)
+    again = distill_student(its, pool, student, changed(epochs=1, lr=1e-9))
+    assert again is student
+    torch.testing.assert_close(student(pool.x, pool.edges), before, rtol=1e-3, atol=1e-2)
+
+
+def test_a_classifier_shared_with_the_teacher_stays(teacher, pool):
+    its = steeper(teacher, 50.0)
+    student = plain_student(its, "gcn3-16", 0)
+    student.classifier = its.module.classifier
+    before = {name: value.clone() for name, value in its.module.state_dict().items()}
+    distill_student(its, pool, student, changed(epochs=1))
+    assert all(torch.equal(value, before[name]) for name, value in its.module.state_dict().items())
+
+
+def test_one_unit_for_all_epochs(teacher, pool):
+    """Graphs of its own for every epoch: the first ones' unit, also where a later process goes on."""
+
+    def drawn(epoch):
+        return pool if epoch == 0 else pool.select(torch.arange(3 * epoch, 3 * epoch + 6))
+
+    lesson = _Lesson(teacher, None, plain_student(teacher, "gcn3-8", 0), SMALL, 0, drawn, fresh=True)
+    lesson.begin_epoch(2, drawn(2))
+    expected = teacher_logits(teacher, drawn(2)) / logit_unit(teacher_logits(teacher, pool), SMALL.margin)
+    torch.testing.assert_close(lesson._targets, expected)
+
+
+def test_a_checkpoint_of_another_margin_is_refused(teacher, pool, tmp_path):
+    path = tmp_path / "state"
+    settings = changed(epochs=10)
+    distill_student(teacher, pool, "gcn3-8", settings, checkpoint=path)
+    with pytest.raises(DataError, match=r"training with margin 0\.0, got 2\.0"):
+        distill_student(teacher, pool, "gcn3-8", dataclasses.replace(settings, margin=0.0), checkpoint=path)
+
+
+def test_the_divergence_on_the_pool_is_in_the_unit_of_the_margin(teacher, pool):
+    student, settings = plain_student(teacher, "gcn3-8", 0).eval(), changed(margin=3.0, temperature=1.5)
+    unit = logit_unit(teacher_logits(teacher, pool), 3.0)
+    ours, theirs = student(pool.x, pool.edges) / unit, teacher(pool) / unit
+    found = pool_agreement(teacher, student, pool, settings=settings)["divergence"]
+    assert found == pytest.approx(float(distillation_loss(ours, theirs, 1.5)), rel=1e-5)
+
+
 # What learns, what stays
 
 
 def test_every_learnable_part_gets_gradients_and_the_frozen_ones_stay(teacher, pool):
     before = {name: tensor.clone() for name, tensor in teacher.module.state_dict().items()}
     student = new_student(teacher, "gcn3-8", 0, FULL)
-    lesson = _Lesson(teacher, teacher_parts(teacher), student, FULL, 0)
+    lesson = _Lesson(teacher, teacher_parts(teacher), student, FULL, 0, pool, fresh=False)
     lesson.begin_epoch(1, pool)
     positions = torch.arange(24)
     lesson.loss(pool, positions).backward()
@@ -224,7 +275,7 @@ def test_a_curriculum_visits_easy_graphs_first(teacher, pool):
     distill_student(teacher, pool, "gcn3-8", settings, progress=lambda _, values: visited.append(values["share"]))
     assert visited == pytest.approx([6 / 24, 12 / 24, 16 / 24, 20 / 24, 1, 1, 1, 1])
     student = new_student(teacher, "gcn3-8", 0)
-    lesson = _Lesson(teacher, None, student, settings, 0)
+    lesson = _Lesson(teacher, None, student, settings, 0, pool, fresh=False)
     first = lesson.begin_epoch(0, pool)
     losses = torch.nn.functional.cross_entropy(teacher_logits(teacher, pool), pool.y, reduction="none")
     for label in (0, 1):
@@ -233,13 +284,13 @@ def test_a_curriculum_visits_easy_graphs_first(teacher, pool):
         assert easy == set(first.tolist()) & set(mine.tolist())
     # Without labels the teacher's own answers take their place.
     unlabelled = GraphBatch(pool.x, pool.edges)
-    assert len(_Lesson(teacher, None, student, settings, 0).begin_epoch(0, unlabelled)) >= 6
+    assert len(_Lesson(teacher, None, student, settings, 0, pool, fresh=False).begin_epoch(0, unlabelled)) >= 6
 
 
 @pytest.mark.parametrize("difficulty", ["edges", "nodes", "degree"])
 def test_structural_curricula_need_no_teacher(teacher, pool, difficulty):
     settings = changed(curriculum=CurriculumSettings(difficulty))
-    lesson = _Lesson(teacher, None, new_student(teacher, "gcn3-8", 0), settings, 0)
+    lesson = _Lesson(teacher, None, new_student(teacher, "gcn3-8", 0), settings, 0, pool, fresh=False)
     assert 6 <= len(lesson.begin_epoch(0, pool)) < 24
 
 
@@ -333,6 +384,7 @@ def test_pool_agreement(teacher, pool):
         ({"lr": 0.0}, "lr: expected a number above 0"),
         ({"clip_norm": -1.0}, "clip_norm: expected a number of 0 or more"),
         ({"mse_weight": float("nan")}, "mse_weight"),
+        ({"margin": -1.0}, "margin: expected a number of 0 or more"),
         ({"kl_weight": 0.0}, "one of them above 0"),
         ({"feature_level": "edge"}, "feature_level: expected one of"),
         ({"feature_weight": 1.0}, "feature_weight: expected 0 without reuse_classifier"),

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -184,7 +184,7 @@ class Run:
         for stage in ("parameters", "agreement"):
             self.metrics.rewind(stage, -1)
         self.metrics.write("parameters", 0, dict(self.parameters))
-        found = [pool_agreement(self.teacher, student, graphs, self.config.student) for student in taught]
+        found = [pool_agreement(self.teacher, student, graphs, settings=self.config.student) for student in taught]
         for seed, values in zip(seeds, found, strict=True):
             self.metrics.write("agreement", seed, dict(values))
         saved = found[0]["agreement"]
@@ -332,16 +332,16 @@ class Run:
             return load_model(done)[0]
         partial = self._state / f"{name}-partial.safetensors"
         self.metrics.rewind(name, load_state(partial)["epoch"] if partial.exists() else 0)
-        model = new_student(self.teacher, arch or self.student, seed, settings)
-        distill_student(
+        taught = distill_student(
             self.teacher,
             pool,
-            model,
+            arch or self.student,
             settings,
             seed=seed,
             progress=lambda epoch, values: self._report(name, epoch, settings.epochs, values),
             checkpoint=partial,
         )
+        model = cast(Classifier, taught)
         save_model(done, model, {"row": row, "seed": seed})
         partial.unlink(missing_ok=True)
         return model

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -39,9 +40,12 @@ class StudentSettings:
             running averages over mini-batches.
         dropout: on the logits of a student given by name. GFKD has 0.5 there, which only keeps the
             student from matching the teacher's logits.
-        margin: the loss sees logits in the unit in which the teacher's median margin over the pool is this, so that
-            one temperature suits teachers whose margins are 4 and teachers whose margins are 80
-            (:func:`logit_unit`); the finished student answers in the teacher's own unit. 0: the logits as they are.
+        margin: the loss sees logits in the unit in which the teacher's median margin over the pool (where that is a
+            function of the epoch, over the first) is this, so that one temperature suits teachers whose margins are
+            4 and teachers whose margins are 80 (:func:`logit_unit`). 0: the logits as they are. A student given by
+            name learns in that unit and its classifier is scaled at the end; a module, or a student that reuses the
+            teacher's classifier, learns in the teacher's unit from the start, which takes longer. Either way the
+            finished student answers in the teacher's unit.
         temperature: of the softened logits.
         kl_weight, mse_weight, feature_weight: factors of the three terms, 0 leaves one out.
         feature_level: "node" or "graph"; the feature term needs `reuse_classifier`.
@@ -117,18 +121,19 @@ def distill_student(
         teacher: a Teacher or any module that `as_teacher` accepts; stays frozen.
         pool: the graphs, or a function of the epoch that draws them. Their labels are used by a curriculum
             alone, which takes the teacher's answers where there are none.
-        student: an architecture by name, initialised from `seed`, or a module trained in place. With
-            ``reuse_classifier`` a module must be a :class:`~acgkd_fast.nn.projected.ProjectedClassifier`.
+        student: an architecture by name, initialised from `seed`, or a module trained in place, from where it is.
+            With ``reuse_classifier`` a module must be a :class:`~acgkd_fast.nn.projected.ProjectedClassifier`.
         settings: see :class:`StudentSettings`.
         seed: initialisation, order of the mini-batches, dropout.
-        progress: called after every epoch with its number and ``loss``; with a curriculum also ``share``, of the
-            graphs visited, and with an adversary ``temperature``, the mean.
-        checkpoint: see :func:`acgkd_fast.training.fit`.
+        progress: called after every epoch with its number and ``loss``, in the unit of `settings.margin`; with a
+            curriculum also ``share``, of the graphs visited, and with an adversary ``temperature``, the mean.
+        checkpoint: see :func:`acgkd_fast.training.fit`; one of other settings is refused.
 
     Returns:
         The student in eval mode.
 
     Raises:
+        DataError: a checkpoint of another training.
         InputError: settings out of range, a module whose call convention is unknown, or with
             ``reuse_classifier`` a teacher that does not expose its parts (:func:`~.projector.teacher_parts`).
     """
@@ -141,7 +146,7 @@ def distill_student(
             f"student: expected an architecture by name or a ProjectedClassifier with reuse_classifier, got "
             f"{type(model).__name__}"
         )
-    lesson = _Lesson(frozen, parts, model, settings, seed)
+    lesson = _Lesson(frozen, parts, model, settings, seed, pool, fresh=isinstance(student, str))
     fit(
         model,
         pool,
@@ -154,14 +159,15 @@ def distill_student(
         seed=seed,
         progress=progress,
         checkpoint=checkpoint,
+        stamp=asdict(settings),
         companion=lesson.adversary,
         begin_epoch=lesson.begin_epoch,
         measure=lesson.measure,
     )
-    last = pool(settings.epochs - 1) if callable(pool) else pool
     if settings.recalibrate:
+        last = pool(settings.epochs - 1) if callable(pool) else pool
         recalibrate_batch_norm(model, last, call_convention(model))
-    lesson.restore_unit(last)
+    lesson.restore_unit()
     return model
 
 
@@ -212,24 +218,32 @@ def logit_unit(logits: torch.Tensor, margin: float) -> float:
         margin: 0 for the logits as they are.
 
     Returns:
-        Median over graphs of (largest - second largest logit), over `margin`; 1 where that is not a number above 0.
+        Over `margin`: the median over graphs of (largest - second largest logit), or a tenth of its 90 % quantile if
+        that is more, since a median near 0 would blow the other graphs up. 1 with a margin of 0, no graphs, one class,
+        or where the quotient is not a number above 0.
     """
     if margin == 0 or logits.shape[0] == 0 or logits.shape[1] < 2:
         return 1.0
     best = logits.double().topk(2, dim=1).values
-    unit = float((best[:, 0] - best[:, 1]).median()) / margin
+    median, high = (best[:, 0] - best[:, 1]).quantile(best.new_tensor([0.5, 0.9])).tolist()
+    unit = max(median, 0.1 * high) / margin
     return unit if 0.0 < unit < float("inf") else 1.0
 
 
 @torch.no_grad()
 def pool_agreement(
-    teacher: Teacher, student: nn.Module, pool: GraphBatch, settings: StudentSettings | None = None
+    teacher: Teacher, student: nn.Module, pool: GraphBatch, *, settings: StudentSettings | None = None
 ) -> dict[str, float]:
     """How well a student learned its pool, without any data: what tells a collapsed student from a good one.
 
+    Args:
+        teacher, student: the student in eval mode, answering in the teacher's unit.
+        pool: the graphs it learned from.
+        settings: it learned by; temperature and margin count. Default: the default ones.
+
     Returns:
-        ``agreement``, the share of graphs on which student (in eval mode) and teacher name the same class, and
-        ``divergence``, the mean temperature^2 KL in the unit of the settings' margin.
+        ``agreement``, the share of graphs on which student and teacher name the same class, and ``divergence``, the
+        mean temperature^2 KL in nats, of logits in the unit of the settings' margin.
     """
     settings = settings or StudentSettings()
     theirs = teacher_logits(teacher, pool)
@@ -262,6 +276,9 @@ class _Lesson:
         model: nn.Module,
         settings: StudentSettings,
         seed: int,
+        pool: Pool,
+        *,
+        fresh: bool,
     ) -> None:
         self.adversary: AdversarialTemperature | None = None
         if settings.adversary.mode != "fixed":
@@ -272,37 +289,41 @@ class _Lesson:
         self._call = call_convention(model)
         self._seen: GraphBatch | None = None
         self._targets = torch.empty(0)
-        self._unit = 1.0
+        self._pool = pool
+        # Growing from a fresh start to logits of 80 takes most of a short training, so a student whose start and
+        # classifier are ours learns in the unit of the loss and is scaled afterwards.
+        self._scaled_afterwards = fresh and isinstance(model, GraphClassifier)
         self._weights: torch.Tensor | None = None
         self._epoch = 0
         self._temperatures: list[torch.Tensor] = []
         self._figures: dict[str, float] = {}
 
-    @property
-    def _own_unit(self) -> float:
-        """What the module's answers are divided by before the loss sees them.
+    @cached_property
+    def unit(self) -> float:
+        """Of the loss: one for the whole training, also where every epoch has graphs of its own."""
+        if self._settings.margin == 0:
+            return 1.0
+        first = self._pool(0) if callable(self._pool) else self._pool
+        return logit_unit(teacher_logits(self._teacher, first), self._settings.margin)
 
-        Growing from a fresh start to logits of 80 takes most of a short training, so a student whose classifier can be
-        scaled afterwards learns in the unit of the loss.
-        """
-        return 1.0 if isinstance(self._model, GraphClassifier) else self._unit
+    def _in_unit(self, answer: torch.Tensor) -> torch.Tensor:
+        """The student's answer as the loss sees it."""
+        return answer if self._scaled_afterwards else answer / self.unit
 
     @torch.no_grad()
-    def restore_unit(self, graphs: GraphBatch) -> None:
+    def restore_unit(self) -> None:
         """Bring a student that learned in the unit of the loss to the teacher's."""
-        if isinstance(self._model, GraphClassifier):
-            unit = logit_unit(teacher_logits(self._teacher, graphs), self._settings.margin)
+        if self._scaled_afterwards:
+            assert isinstance(self._model, GraphClassifier)
             for parameter in self._model.classifier.parameters():
-                parameter.mul_(unit)
+                parameter.mul_(self.unit)
 
     def begin_epoch(self, epoch: int, graphs: GraphBatch) -> torch.Tensor | None:
         """Positions to visit, None for all."""
         self._epoch, self._figures = epoch, {}
         self._temperatures = []
         if graphs is not self._seen:
-            logits = teacher_logits(self._teacher, graphs)
-            self._unit = logit_unit(logits, self._settings.margin)
-            self._seen, self._targets = graphs, logits / self._unit
+            self._seen, self._targets = graphs, teacher_logits(self._teacher, graphs) / self.unit
         curriculum = self._settings.curriculum
         if curriculum.difficulty == "none":
             return None
@@ -324,7 +345,7 @@ class _Lesson:
 
     def _disagreement(self, graphs: GraphBatch) -> torch.Tensor:
         self._model.eval()
-        answers = _in_parts(self._call, graphs) / self._own_unit
+        answers = self._in_unit(_in_parts(self._call, graphs))
         self._model.train()
         return distillation_divergence(answers, self._targets, self._settings.temperature)
 
@@ -334,13 +355,13 @@ class _Lesson:
         losses = target.new_zeros(graphs.num_graphs)
         if isinstance(self._model, ProjectedClassifier):
             h = self._model.node_features(graphs.x, graphs.edges)
-            answer = self._model.classify(h, graphs.ptr) / self._own_unit
+            answer = self._in_unit(self._model.classify(h, graphs.ptr))
             if settings.feature_weight > 0:
                 assert self._parts is not None
                 distance = feature_distance(h, self._parts.embed(graphs), graphs.ptr, settings.feature_level)
                 losses = losses + settings.feature_weight * distance
         else:
-            answer = self._call(graphs) / self._own_unit
+            answer = self._in_unit(self._call(graphs))
         if settings.kl_weight > 0:
             temperature = self._temperature(answer, target)
             losses = losses + settings.kl_weight * distillation_divergence(answer, target, temperature)
