@@ -6,6 +6,7 @@ are the same in every cell, the last epoch counts, and a method sees the teacher
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import time
@@ -169,7 +170,8 @@ class Table:
     """The grid, its file of finished cells and its folder of teachers.
 
     Args:
-        out: JSON lines, one finished cell each; cells that are there are not run again.
+        out: JSON lines, one finished cell each; cells that are there are not run again, and all must be of one set of
+            settings.
         work: folder for teachers.
         data_root: folder of the TUDatasets.
         config: settings of every cell; prior and seed are set by the cell.
@@ -213,7 +215,7 @@ class Table:
             variants: more rows of our own method: name -> dotted settings that differ from the defaults.
 
         Raises:
-            InputError: an unknown data set, row, architecture or setting.
+            InputError: an unknown data set, row, architecture or setting, or a file with cells of other settings.
         """
         variants = {**VARIANTS, **(variants or {})}
         known = {"majority class", *BASELINES, *variants}
@@ -225,7 +227,7 @@ class Table:
             parse_arch(arch)
         for name in rows:
             self.config.with_settings(variants.get(name, {}))
-        done = {_key(cell) for cell in self._log.read()}
+        done = self._finished(rows, variants)
         for dataset, arch, split in _product(datasets, teachers, splits):
             wanted = [
                 (student, row)
@@ -240,11 +242,27 @@ class Table:
             for student, row in wanted:
                 settings = {"seed": split, "prior": case.prior.__dict__, **variants.get(row, {})}
                 config = self.config.with_settings(settings)
-                cell = self._cell(Task(case, student, config, split), row)
+                stamp = self._stamp(variants.get(row, {}))
+                cell = self._cell(Task(case, student, config, split), row, stamp)
                 self._log.write(row, 0, cell)
                 self._report(_line(cell))
 
-    def _cell(self, task: Task, row: str) -> dict[str, Any]:
+    def _finished(self, rows: Sequence[str], variants: dict[str, dict[str, Any]]) -> set[tuple[Any, ...]]:
+        """Keys of these rows' cells in the file, all of which must be of the settings at hand."""
+        cells = [cell for cell in self._log.read() if cell["row"] in rows]
+        for cell in cells:
+            if cell.get("settings") != self._stamp(variants.get(cell["row"], {})):
+                raise InputError(
+                    f"out: expected cells of the settings at hand, got {_line(cell)}, of others; start a new file"
+                )
+        return {_key(cell) for cell in cells}
+
+    def _stamp(self, changes: dict[str, Any]) -> str:
+        """Digest of what a row's settings are, apart from what a case sets itself."""
+        values = self.config.with_settings({**changes, "seed": 0, "prior": {}}).to_dict()
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+    def _cell(self, task: Task, row: str, stamp: str) -> dict[str, Any]:
         case = task.case
         cell: dict[str, Any] = {
             "dataset": case.dataset,
@@ -252,6 +270,7 @@ class Table:
             "split": case.split,
             "student": task.student,
             "row": row,
+            "settings": stamp,
             "prior_degree": case.prior.expected_degree,
         }
         start = time.perf_counter()

@@ -103,7 +103,9 @@ def _gap_shares(scores: Scores, row: str) -> list[float]:
     """Of each data set with a gap above 2 points: (row - floor) over (ceiling - floor)."""
     shares = []
     for dataset in _datasets(scores):
-        means = _common(scores, dataset, (row, CEILING, *FLOOR))
+        # Files from before the last of these rows existed are still compared.
+        floor = [name for name in FLOOR if name in FLOOR[:2] or (name, dataset) in scores]
+        means = _common(scores, dataset, (row, CEILING, *floor))
         if means is not None and means[1] - max(means[2:]) > 2.0:
             shares.append((means[0] - max(means[2:])) / (means[1] - max(means[2:])))
     return shares

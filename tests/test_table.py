@@ -10,6 +10,7 @@ from click.testing import CliRunner
 import acgkd_fast as af
 from acgkd_fast.cli import main
 from acgkd_fast.distill.config import RunConfig
+from acgkd_fast.errors import InputError
 from acgkd_fast.table import BASELINES, VARIANTS, Table, default_rows
 from acgkd_fast.table_view import render
 
@@ -106,6 +107,35 @@ def test_rows_with_fewer_splits_are_compared_on_the_splits_that_they_have(tmp_pa
     ]
     path.write_text("\n".join(lines) + "\n")
     assert "| learn only | 75.0 (1) | 50 % | +5.0 |" in render(path)
+
+
+def test_files_from_before_the_last_floor_are_compared_by_the_others(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    common = {"teacher": "gcn5-64", "student": "gcn3-32", "dataset": "MUTAG", "split": 1, "stage": "x", "step": 0}
+    values = {"majority class": 0.6, "random graphs anew": 0.5, "real graphs": 0.8, "acgkd-fast": 0.7}
+    path.write_text("".join(json.dumps({**common, "row": row, "accuracy": v}) + "\n" for row, v in values.items()))
+    assert "| acgkd-fast | 70.0 | 50 % | - |" in render(path)
+
+
+def test_cells_of_other_settings_are_refused(tmp_path, monkeypatch):
+    rows = ("majority class", "acgkd-fast")
+    small_table(tmp_path, monkeypatch, []).run(["house-or-cycle"], splits=(1,), rows=rows)
+    other = Table(tmp_path / "cells.jsonl", tmp_path, None, SMALL.with_settings({"student.margin": 0.0}))
+    with pytest.raises(InputError, match=r"out: expected cells of the settings at hand, got house-or-cycle.* new file"):
+        other.run(["house-or-cycle"], splits=(1,), rows=rows)
+
+
+def test_random_graphs_are_taught_at_both_margins(tmp_path, monkeypatch):
+    from acgkd_fast import table as module
+
+    margins = []
+    taught = module.distill_student
+    monkeypatch.setattr(
+        module, "distill_student", lambda *a, **named: margins.append(a[3].margin) or taught(*a, **named)
+    )
+    rows = ("random graphs anew", "random graphs anew, margin 0")
+    small_table(tmp_path, monkeypatch, []).run(["house-or-cycle"], splits=(1,), rows=rows)
+    assert margins == [SMALL.student.margin, 0.0]
 
 
 def test_ablations_are_settings_of_the_run():
