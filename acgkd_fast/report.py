@@ -127,14 +127,15 @@ def _density(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not tried:
         return []
     body = "".join(f"<tr><td>{row['tried']:.3g}</td><td>{row['k']:.3g}</td></tr>" for row in tried)
-    labels = "".join(
+    chosen = "".join(f"<p>Chosen: {row['mean_degree']:.3g}.</p>" for row in rows if "mean_degree" in row)
+    chosen += "".join(
         f"<p>Median node label after a longer search, where labels are degrees: {row['label_degree']:.3g}.</p>"
         for row in rows
         if "label_degree" in row
     )
     return [
         "<h2>Mean degrees tried</h2><table><tr><th>mean degree of the start</th><th>K after a short search</th></tr>"
-        f"{body}</table>{labels}"
+        f"{body}</table>{chosen}"
     ]
 
 

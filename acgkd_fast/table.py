@@ -58,6 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "refine without K": {"refine.lam_k": 0.0},
     "refine without CE": {"refine.w_ce": 0.0},
     "a quarter of the steps": {"refine.steps": 2000},
+    "four times the steps": {"refine.steps": 32000},
     "labels at random": {"refine.unlabelled": 0.0},
     "density not looked for": {"prior.mean_degree": 2.05},
     "connected graphs": {"refine.connected": True},

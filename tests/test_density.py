@@ -61,12 +61,14 @@ def test_gives_up_on_graphs_that_are_hopelessly_dense():
     assert all(k <= 10.0 * min(ks[: i + 1]) for i, k in enumerate(ks[:-1]))
 
 
-@pytest.mark.parametrize("degree", [3.0, 7.0])
+@pytest.mark.parametrize("degree", [5.0, 7.0])
 def test_labels_that_are_degrees_tell_the_density(degree):
     prior = replace(PRIOR, feature_kind="degree")
     found = find_density(calibrated("gcn3-32", degree, prior), prior, num_graphs=32, steps=150)
     assert found.label_degree is not None and abs(found.label_degree - degree) <= 1.0
-    assert found.mean_degree >= found.label_degree
+    least = min(k for _, k in found.tried)
+    by_k = next(mean for mean, k in found.tried if k <= 2.0 * least)
+    assert found.mean_degree == max(by_k, found.label_degree)
 
 
 def test_labels_decide_where_k_finds_trees(monkeypatch):
@@ -75,6 +77,14 @@ def test_labels_decide_where_k_finds_trees(monkeypatch):
     found = find_density(calibrated("gcn3-32", 7.0, prior), prior, num_graphs=32, steps=300)
     assert len(found.tried) == 1
     assert found.mean_degree == found.label_degree and abs(found.label_degree - 7.0) <= 1.0
+
+
+def test_labels_ask_for_no_more_than_graphs_can_hold(monkeypatch):
+    small = af.GraphPrior(5, 7, feature_kind="degree")
+    monkeypatch.setattr("acgkd_fast.distill.density._HOPELESS", 0.0)
+    found = find_density(calibrated("gcn3-32", 9.0, replace(PRIOR, feature_kind="degree")), small, steps=600)
+    assert found.label_degree is not None and found.label_degree > 4.0
+    assert found.mean_degree == 0.8 * 5
 
 
 def test_labels_are_not_asked_where_the_search_has_not_come_near():
@@ -90,6 +100,20 @@ def test_a_stated_density_and_a_teacher_without_batch_norm_end_the_search():
     assert find_density(teacher, stated) == Density(5.0, ())
     with pytest.warns(RuntimeWarning, match="no BatchNorm layer .* mean degree of 2.05 is assumed"):
         assert find_density(PlainTeacher(), PRIOR) == Density(2.05, ())
+
+
+def test_goes_on_from_the_trials_of_an_earlier_call():
+    teacher, said = calibrated("gcn3-32", 4.0), []
+    whole = find_density(teacher, PRIOR, num_graphs=8, steps=10, progress=lambda *given: said.append(given))
+    assert [(values["tried"], values["k"]) for _, _, values in said] == list(whole.tried)
+    assert [step for step, _, _ in said] == list(range(1, len(whole.tried) + 1))
+    assert all(step <= total for step, total, _ in said)
+    again: list = []
+    first = whole.tried[:2]
+    assert (
+        find_density(teacher, PRIOR, num_graphs=8, steps=10, tried=first, progress=lambda *g: again.append(g)) == whole
+    )
+    assert again == said[2:]
 
 
 def test_repeats_and_leaves_the_teacher_alone():

@@ -109,7 +109,7 @@ def test_whole_run(tmp_path, changes):
     assert config["versions"]["torch"] == torch.__version__
     page = (tmp_path / "run" / "report.html").read_text()
     assert "student on pseudo-graphs" in page and page.count("<svg") >= 2
-    assert "divergence K" in page and "Mean degrees tried" in page
+    assert "divergence K" in page and "Mean degrees tried" in page and "<p>Chosen: " in page
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (said,) = [line for line in lines if line["stage"] == "pool"]
     assert said["graphs"] == 12 and said["nodes"] == pool.num_nodes and 2 * said["edges"] == pool.edges.num_edges

@@ -240,12 +240,16 @@ class Run:
             return config.prior
         rows = [row for row in self.metrics.read() if row["stage"] == "density"]
         if not rows or "mean_degree" not in rows[-1]:
-            self.metrics.rewind("density", -1)
-            found = find_density(self.teacher, config.prior, steps=config.density_steps, seed=config.seed)
-            for trial, (degree, k) in enumerate(found.tried):
-                self.metrics.write("density", trial, {"tried": degree, "k": k})
+            found = find_density(
+                self.teacher,
+                config.prior,
+                steps=config.density_steps,
+                seed=config.seed,
+                tried=[(row["tried"], row["k"]) for row in rows],
+                progress=lambda step, total, values: self._report("density", step, total, values),
+            )
             labels = {} if found.label_degree is None else {"label_degree": found.label_degree}
-            self.metrics.write("density", len(found.tried), {"mean_degree": found.mean_degree, **labels})
+            self.metrics.write("density", len(found.tried) + 1, {"mean_degree": found.mean_degree, **labels})
             rows = [{"mean_degree": found.mean_degree}]
         return replace(config.prior, mean_degree=rows[-1]["mean_degree"])
 
