@@ -139,7 +139,11 @@ def train_teacher(
 @click.option("--feature-kind", help="Prior: one-hot, continuous, degree or constant [default: the teacher's].")
 @click.option("--xi", type=float, help="Spatial complexity parameter of the learning stage, in (0, 1].")
 @click.option("--learn-steps", type=int, help="Steps of the gradient stage; 0 leaves it out.")
-@click.option("--refine-steps", type=int, help="Steps of the search; 0 leaves it out.")
+@click.option(
+    "--refine-steps",
+    type=int,
+    help="Steps of the search for graphs of up to 25 nodes (larger ones: up to four times as many); 0 leaves it out.",
+)
 @click.option("--proposals", type=int, help="Search: candidate edits per graph and step, the best of which is tried.")
 @click.option("--two-hop", type=float, help="Search: chance that a new edge closes a triangle.")
 @click.option("--connected/--any-parts", default=None, help="Search: keep connected graphs connected.")

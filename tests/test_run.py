@@ -218,6 +218,13 @@ def test_bad_settings_are_named(changes, message):
         RunConfig().with_settings(changes)
 
 
+@pytest.mark.parametrize("nodes, steps", [((5, 9), 100), ((20, 30), 100), ((40, 60), 200), ((200, 600), 400)])
+def test_larger_graphs_are_searched_longer(nodes, steps):
+    sizes = {"prior.min_nodes": nodes[0], "prior.max_nodes": nodes[1], "refine.steps": 100}
+    assert RunConfig().with_settings(sizes).search.steps == steps
+    assert RunConfig().with_settings({**sizes, "scale_steps": False}).search.steps == 100
+
+
 def test_settings_leave_what_they_are_given_alone():
     prior = {"mean_degree": 5.0, "max_nodes": 20}
     config = RunConfig().with_settings({"prior": prior, "prior.mean_degree": 2.0})

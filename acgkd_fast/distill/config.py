@@ -17,6 +17,10 @@ from .refine import RefineSettings
 from .student import StudentSettings
 from .temperature import AdversarySettings
 
+# Mean nodes of the largest graphs that the number of steps was chosen on, and what more steps may cost.
+_NODES = 25
+_LONGEST = 4.0
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -29,6 +33,8 @@ class RunConfig:
         prior: what is assumed about the teacher's graphs.
         density_steps: of each short search for the prior's mean degree where that is not stated
             (:func:`~.density.find_density`); 0 leaves it out.
+        scale_steps: whether ``refine.steps``, chosen on graphs of up to 25 nodes, are taken in proportion to the mean
+            number of nodes of larger ones, up to four times (:attr:`search`); False takes them as they are.
         learn: the gradient stage; ``steps = 0`` leaves it out.
         refine: the search over hard graphs; ``steps = 0`` leaves it out. Labels are dealt after a quarter of it.
         student: training of the student.
@@ -38,6 +44,7 @@ class RunConfig:
     seed: int = 0
     xi: float = 1.0
     density_steps: int = 2000
+    scale_steps: bool = True
     prior: GraphPrior = field(default_factory=GraphPrior)
     learn: LearnSettings = field(default_factory=lambda: LearnSettings(steps=0))
     refine: RefineSettings = field(default_factory=lambda: RefineSettings(unlabelled=0.25))
@@ -48,11 +55,21 @@ class RunConfig:
         check(0.0 < self.xi <= 1.0, "xi", "a number in (0, 1]", self.xi)
         steps = self.density_steps
         check(is_integer(steps) and steps >= 0, "density_steps", "0 or more", steps)
+        check(isinstance(self.scale_steps, bool), "scale_steps", "True or False", self.scale_steps)
         if self.student.redraw and (self.learn.steps == 0 or self.refine.steps > 0):
             raise InputError(
                 "student.redraw: expected a learning stage and no refinement, whose hard graphs cannot be drawn anew, "
                 f"got learn.steps={self.learn.steps}, refine.steps={self.refine.steps}"
             )
+
+    @property
+    def search(self) -> RefineSettings:
+        """The search's settings with the steps that it takes."""
+        if not self.scale_steps:
+            return self.refine
+        mean = (self.prior.min_nodes + self.prior.max_nodes) / 2
+        factor = min(max(mean / _NODES, 1.0), _LONGEST)
+        return dataclasses.replace(self.refine, steps=round(factor * self.refine.steps))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

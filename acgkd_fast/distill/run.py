@@ -302,13 +302,13 @@ class Run:
         refiner = Refiner(
             self.teacher,
             start,
-            self.config.refine,
+            self.config.search,
             seed=self.config.seed,
             feature_kind=self.config.prior.feature_kind,
             edge_weights=weights,
             constraint=self._constraint,
         )
-        total = self.config.refine.steps
+        total = self.config.search.steps
         saver = _Saver(self._state / "refine.safetensors", refiner.state_dict)
         if saver.path.exists():
             refiner.load_state_dict(load_state(saver.path))
