@@ -95,12 +95,14 @@ def ratio_tables(run: Run) -> list[str]:
         for entry in entries:
             ratios = entry["times_slower_than_ours"]
             best = min(ratios, key=ratios.__getitem__)
-            low, high = entry["quartiles_us"]["ours"]
+            # Some benchmarks have a name of their own for ours.
+            own = next(name for name in entry["median_us"] if name not in ratios)
+            low, high = entry["quartiles_us"][own]
             won = f"{ratios[best]:.2f}x" if ratios[best] >= 1 else f"**{ratios[best]:.2f}x**"
             others = ", ".join(
                 f"{peer} {ratio:.1f}" for peer, ratio in sorted(ratios.items(), key=lambda r: r[1]) if peer != best
             )
-            ours = f"{milliseconds(entry['median_us']['ours'])} ({milliseconds(low)}-{milliseconds(high)})"
+            ours = f"{milliseconds(entry['median_us'][own])} ({milliseconds(low)}-{milliseconds(high)})"
             rows.append([label_of(entry), ours, best, won, others or "-"])
         lines += [f"### `bench_{name}.py`", ""]
         lines += table(["what", "ours, ms (quartiles)", "best peer", "best peer / ours", "other peers / ours"], rows)
