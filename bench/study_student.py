@@ -10,7 +10,6 @@ CPU, one thread.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import math
@@ -23,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from study import read, study_options
 
 import acgkd_fast as af
 from acgkd_fast.checkpoints import load_graphs, load_model, save_graphs, save_model
@@ -184,10 +183,6 @@ def measure(cell: dict[str, Any], data_root: Path, work: Path) -> dict[str, Any]
     }
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def table(results: list[dict[str, Any]], rows: list[str]) -> str:
     """Mean accuracy with its range over students, collapsed students, pool agreement and divergence, by task."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
@@ -217,24 +212,11 @@ def table(results: list[dict[str, Any]], rows: list[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--seconds", type=float, default=280.0, help="begin no student after this time")
-    parser.add_argument("--group", choices=(*GROUPS, "all"), default="all")
-    parser.add_argument("--rows", default="", help="names, separated by semicolons; default all")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the tables and stop")
-    options = parser.parse_args()
+    options = study_options(__doc__, GROUPS, RESULTS, "student")
     rows = [row for row in ROWS if not options.rows or row in options.rows.split(";")]
     if options.table:
         print(table(read(options.results), rows))
         return
-    if options.data_root is None or options.work is None:
-        parser.error("--data-root and --work are needed to train")
-    torch.set_num_threads(1)
-    options.work.mkdir(parents=True, exist_ok=True)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
     groups = list(GROUPS) if options.group == "all" else [options.group]
     keys = ("group", "dataset", "split", "teacher", "pool", "row", "seed")
     done = {tuple(result[key] for key in keys) for result in read(options.results)}

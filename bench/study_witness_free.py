@@ -11,7 +11,6 @@ only checks, and was cut short. CPU, one thread.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import json
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study import read, study_options
 from torch import nn
 
 import acgkd_fast as af
@@ -310,10 +310,6 @@ def measure(task: Task, row: str) -> dict[str, Any] | None:
     }
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """Mean accuracy and agreement with the teacher on held-out graphs in percent, by group, data set and row."""
     found: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
@@ -345,23 +341,10 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--seconds", type=float, default=280.0, help="begin no pool after this time")
-    parser.add_argument("--group", choices=(*GROUPS, "all"), default="all")
-    parser.add_argument("--rows", default="", help="names, separated by semicolons; default all")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="print the tables and stop")
-    options = parser.parse_args()
+    options = study_options(__doc__, GROUPS, RESULTS, "pool")
     if options.table:
         print(table(read(options.results)))
         return
-    if options.data_root is None or options.work is None:
-        parser.error("--data-root and --work are needed to train")
-    torch.set_num_threads(1)
-    options.work.mkdir(parents=True, exist_ok=True)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
     rows = options.rows.split(";") if options.rows else list(ROWS)
     keys = ("group", "dataset", "kind", "norm", "split", "row")
     done = {tuple(result[key] for key in keys) for result in read(options.results)}
