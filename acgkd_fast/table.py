@@ -228,7 +228,8 @@ class Table:
             parse_arch(arch)
         for name in rows:
             self.config.with_settings(variants.get(name, {}))
-        done = self._finished(rows, variants)
+        stamps = {name: self._stamp(variants.get(name, {})) for name in rows}
+        done = self._finished(stamps)
         for dataset, arch, split in _product(datasets, teachers, splits):
             wanted = [
                 (student, row)
@@ -243,16 +244,15 @@ class Table:
             for student, row in wanted:
                 settings = {"seed": split, "prior": case.prior.__dict__, **variants.get(row, {})}
                 config = self.config.with_settings(settings)
-                stamp = self._stamp(variants.get(row, {}))
-                cell = self._cell(Task(case, student, config, split), row, stamp)
+                cell = self._cell(Task(case, student, config, split), row, stamps[row])
                 self._log.write(row, 0, cell)
                 self._report(_line(cell))
 
-    def _finished(self, rows: Sequence[str], variants: dict[str, dict[str, Any]]) -> set[tuple[Any, ...]]:
-        """Keys of these rows' cells in the file, all of which must be of the settings at hand."""
-        cells = [cell for cell in self._log.read() if cell["row"] in rows]
+    def _finished(self, stamps: dict[str, str]) -> set[tuple[Any, ...]]:
+        """Keys of the cells in the file, of the rows that have stamps, whose own must be the same."""
+        cells = [cell for cell in self._log.read() if cell["row"] in stamps]
         for cell in cells:
-            if cell.get("settings") != self._stamp(variants.get(cell["row"], {})):
+            if cell.get("settings") != stamps[cell["row"]]:
                 raise InputError(
                     f"out: expected cells of the settings at hand, got {_line(cell)}, of others; start a new file"
                 )

@@ -95,8 +95,8 @@ def ratio_tables(run: Run) -> list[str]:
         for entry in entries:
             ratios = entry["times_slower_than_ours"]
             best = min(ratios, key=ratios.__getitem__)
-            # Some benchmarks have a name of their own for ours.
-            own = next(name for name in entry["median_us"] if name not in ratios)
+            # The first contender is ours, whatever its name.
+            own = next(iter(entry["median_us"]))
             low, high = entry["quartiles_us"][own]
             won = f"{ratios[best]:.2f}x" if ratios[best] >= 1 else f"**{ratios[best]:.2f}x**"
             others = ", ".join(

@@ -107,7 +107,7 @@ def step(run: dict[str, list[dict[str, Any]]]) -> list[Target]:
 
 
 def under_load(name: str) -> str:
-    """The same from an earlier run of the same commit, when other jobs kept both cores busy."""
+    """The same from an earlier run, whose file names the commit, when other jobs kept both cores busy."""
     path = RESULTS / "step_under_load.json"
     if not path.exists():
         return ""

@@ -23,6 +23,19 @@ def cells(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+MUTAG = {"teacher": "gcn5-64", "student": "gcn3-32", "dataset": "MUTAG", "stage": "x", "step": 0}
+
+
+def write_cells(path, values, *more):
+    """A file of cells: for each row, the accuracy of each split."""
+    cells = [
+        {**MUTAG, "row": row, "split": split, "accuracy": value}
+        for row, accuracies in values.items()
+        for split, value in enumerate(accuracies)
+    ]
+    path.write_text("".join(json.dumps(cell) + "\n" for cell in (*cells, *more)))
+
+
 def small_table(tmp_path, monkeypatch, said):
     from acgkd_fast import table
 
@@ -64,7 +77,6 @@ def test_every_baseline_gives_a_student(tmp_path, monkeypatch):
 
 def test_render_gives_means_deviations_and_the_share_of_the_gap(tmp_path):
     path = tmp_path / "cells.jsonl"
-    common = {"teacher": "gcn5-64", "student": "gcn3-32", "dataset": "MUTAG", "stage": "x", "step": 0}
     values = {
         "majority class": (0.6, 0.6),
         "random graphs anew": (0.5, 0.4),
@@ -72,13 +84,8 @@ def test_render_gives_means_deviations_and_the_share_of_the_gap(tmp_path):
         "real graphs": (0.8, 0.8),
         "acgkd-fast": (0.7, 0.8),
     }
-    lines = [
-        json.dumps({**common, "row": row, "split": split, "accuracy": value})
-        for row, pair in values.items()
-        for split, value in enumerate(pair)
-    ]
-    lines.append(json.dumps({**common, "row": "GFKD", "split": 0, "skipped": "too many pairs"}))
-    path.write_text("\n".join(lines) + "\n")
+    skipped = {**MUTAG, "row": "GFKD", "split": 0, "skipped": "too many pairs"}
+    write_cells(path, values, skipped)
     text = render(path)
     assert "| acgkd-fast | 75.0 +- 7.1 | 75 % | - |" in text
     assert "| majority class | 60.0 +- 0.0 | - | -15.0 |" in text
@@ -91,7 +98,6 @@ def test_render_gives_means_deviations_and_the_share_of_the_gap(tmp_path):
 
 def test_rows_with_fewer_splits_are_compared_on_the_splits_that_they_have(tmp_path):
     path = tmp_path / "cells.jsonl"
-    common = {"teacher": "gcn5-64", "student": "gcn3-32", "dataset": "MUTAG", "stage": "x", "step": 0}
     values = {
         "majority class": (0.6, 0.2),
         "random graphs anew": (0.5, 0.4),
@@ -100,20 +106,14 @@ def test_rows_with_fewer_splits_are_compared_on_the_splits_that_they_have(tmp_pa
         "acgkd-fast": (0.7, 0.8),
         "learn only": (0.75,),
     }
-    lines = [
-        json.dumps({**common, "row": row, "split": split, "accuracy": value})
-        for row, pair in values.items()
-        for split, value in enumerate(pair)
-    ]
-    path.write_text("\n".join(lines) + "\n")
+    write_cells(path, values)
     assert "| learn only | 75.0 (1) | 50 % | +5.0 |" in render(path)
 
 
 def test_files_from_before_the_last_floor_are_compared_by_the_others(tmp_path):
     path = tmp_path / "cells.jsonl"
-    common = {"teacher": "gcn5-64", "student": "gcn3-32", "dataset": "MUTAG", "split": 1, "stage": "x", "step": 0}
-    values = {"majority class": 0.6, "random graphs anew": 0.5, "real graphs": 0.8, "acgkd-fast": 0.7}
-    path.write_text("".join(json.dumps({**common, "row": row, "accuracy": v}) + "\n" for row, v in values.items()))
+    values = {"majority class": (0.6,), "random graphs anew": (0.5,), "real graphs": (0.8,), "acgkd-fast": (0.7,)}
+    write_cells(path, values)
     assert "| acgkd-fast | 70.0 | 50 % | - |" in render(path)
 
 

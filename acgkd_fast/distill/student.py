@@ -355,13 +355,14 @@ class _Lesson:
         losses = target.new_zeros(graphs.num_graphs)
         if isinstance(self._model, ProjectedClassifier):
             h = self._model.node_features(graphs.x, graphs.edges)
-            answer = self._in_unit(self._model.classify(h, graphs.ptr))
+            answer = self._model.classify(h, graphs.ptr)
             if settings.feature_weight > 0:
                 assert self._parts is not None
                 distance = feature_distance(h, self._parts.embed(graphs), graphs.ptr, settings.feature_level)
                 losses = losses + settings.feature_weight * distance
         else:
-            answer = self._in_unit(self._call(graphs))
+            answer = self._call(graphs)
+        answer = self._in_unit(answer)
         if settings.kl_weight > 0:
             temperature = self._temperature(answer, target)
             losses = losses + settings.kl_weight * distillation_divergence(answer, target, temperature)
