@@ -13,11 +13,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ._native import build_info as build_info
     from .distill.curriculum import CurriculumSettings as CurriculumSettings
-    from .distill.density import find_density as find_density
     from .distill.inversion import LearnSettings as LearnSettings
     from .distill.inversion import learn as learn
     from .distill.pool import random_pool as random_pool
     from .distill.pool import start_graphs as start_graphs
+    from .distill.prior_search import find_prior as find_prior
     from .distill.refine import RefineSettings as RefineSettings
     from .distill.refine import refine as refine
     from .distill.student import StudentSettings as StudentSettings
@@ -50,7 +50,7 @@ _HOMES = {
     "AdversarySettings": ".distill.temperature",
     "CurriculumSettings": ".distill.curriculum",
     "build_info": "._native",
-    "find_density": ".distill.density",
+    "find_prior": ".distill.prior_search",
     "LearnSettings": ".distill.inversion",
     "learn": ".distill.inversion",
     "random_pool": ".distill.pool",

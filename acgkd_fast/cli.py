@@ -135,7 +135,11 @@ def train_teacher(
 @click.option("--seed", type=int, help="Seed of the whole run.")
 @click.option("--num-graphs", type=int, help="Pseudo-graphs in the pool.")
 @click.option("--nodes", type=_Range(), help="Prior: node counts, such as 10:29.")
-@click.option("--mean-degree", type=float, help="Prior: expected partners per node.")
+@click.option("--mean-nodes", type=int, help="Prior: their mean, where the range is not known; instead of --nodes.")
+@click.option("--mean-degree", type=float, help="Prior: expected partners per node [default: looked for].")
+@click.option("--hub-share", type=float, help="Prior: chance that a node joins a hub, 0 to 1 [default: looked for].")
+@click.option("--size-spread", type=float, help="Prior: deviation of the node counts over their mean; 0 is uniform.")
+@click.option("--degree-growth", type=float, help="Prior: power of its size that a graph's mean degree grows with.")
 @click.option("--feature-kind", help="Prior: one-hot, continuous, degree or constant [default: the teacher's].")
 @click.option("--xi", type=float, help="Spatial complexity parameter of the learning stage, in (0, 1].")
 @click.option("--learn-steps", type=int, help="Steps of the gradient stage; 0 leaves it out.")
@@ -195,19 +199,29 @@ def distill(
     click.echo(f"student: {out / 'student.safetensors'}, report: {out / 'report.html'}")
 
 
+_SHAPE = ("mean_degree", "hub_share", "size_spread", "degree_growth")
 _SEARCH = ("proposals", "two_hop", "connected", "max_degree", "keep_degrees")
 
 
 def _changes(options: dict[str, Any]) -> dict[str, Any]:
     """Command-line options as dotted settings; None means: not given."""
+    from .pseudo_graphs import GraphPrior
+
     low, high = options["nodes"] or (None, None)
+    mean, unknown = options["mean_nodes"], {}
+    if mean is not None:
+        check(low is None, "mean-nodes", "none where --nodes is given", mean)
+        around = GraphPrior.around(mean)
+        low, high = around.min_nodes, around.max_nodes
+        if options["size_spread"] is None:
+            unknown = {"prior.size_spread": None}
     named = {
         "seed": options["seed"],
         "num_graphs": options["num_graphs"],
         "xi": options["xi"],
         "prior.min_nodes": low,
         "prior.max_nodes": high,
-        "prior.mean_degree": options["mean_degree"],
+        **{f"prior.{name}": options[name] for name in _SHAPE},
         "prior.feature_kind": options["feature_kind"],
         "learn.steps": options["learn_steps"],
         "refine.steps": options["refine_steps"],
@@ -219,7 +233,7 @@ def _changes(options: dict[str, Any]) -> dict[str, Any]:
         "student.curriculum.difficulty": options["curriculum"],
         "student.adversary.mode": options["adversary"],
     }
-    return {name: value for name, value in named.items() if value is not None}
+    return {name: value for name, value in named.items() if value is not None} | unknown
 
 
 @main.command()

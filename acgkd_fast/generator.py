@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .distill.starts import balanced_labels, sample_sizes
+from .distill.starts import balanced_labels, prior_sizes
 from .edges import ESTIMATORS, NOISES, FactorLogits, sample_edges
 from .edges.dense import harden
 from .edges.estimators import FACTOR_ESTIMATORS
@@ -70,7 +70,7 @@ class Generator(nn.Module):
         self.num_features, self.num_classes, self.nz, self.rank = num_features, num_classes, nz, rank
         self.estimator, self.temperature, self.noise = estimator, temperature, noise
         self.hard_features, self.seed = hard_features, seed
-        self.sizes = sample_sizes((self.prior.min_nodes, self.prior.max_nodes), batch_size, seed)
+        self.sizes = prior_sizes(self.prior, batch_size, seed)
         layers: list[nn.Module] = []
         for before, width in zip((nz, *widths), widths, strict=False):
             layers += [nn.Linear(before, width), nn.LeakyReLU(0.2)]

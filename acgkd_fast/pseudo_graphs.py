@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from .edges import sample_edges
-from .errors import InputError, check, check_choice, check_tensor, is_number
+from .errors import InputError, check, check_choice, check_tensor, is_integer, is_number
 from .graphs import EdgeSample, GraphBatch
 from .layout import PairLayout
 from .normalize import softmax_rows
@@ -25,10 +26,17 @@ class GraphPrior:
     """What the user knows, or assumes, about the graphs that the teacher was trained on.
 
     Attributes:
-        min_nodes, max_nodes: node counts are uniform on this range (GFKD uses 10..29).
+        min_nodes, max_nodes: node counts are uniform on this range (GFKD uses 10..29). Where only the mean is known,
+            see :meth:`around`.
         mean_degree: expected number of partners per node. Density is what neither learning nor
-            refinement repairs by itself, so state it if you know it. None: unknown; a run then looks for it
-            (:func:`~acgkd_fast.distill.density.find_density`), everything else takes `expected_degree`.
+            refinement repairs by itself, so state it if you know it. None: unknown; a run then looks for it, and for
+            whatever else of the shape is None (:func:`~acgkd_fast.distill.prior_search.find_prior`). Everything else
+            takes `expected_degree`, and 0 for the rest.
+        hub_share: chance that a node of a start graph joins the graph's first node, as replies join a thread.
+        size_spread: 0 for node counts uniform on the range. Above 0 they are lognormal with this standard deviation, as
+            a share of their mean (min_nodes + max_nodes) / 2, and may lie outside the range.
+        degree_growth: the mean degree of a graph grows with its number of nodes to this power; 0 in molecules, 1 where
+            every pair is equally likely, as in networks of collaborators.
         feature_kind: "one-hot" (node labels), "degree" (one-hot degrees, free while searching),
             "continuous" or "constant".
         label_shares: how often each node label occurs, one number per feature column, adding up to 1 (each number
@@ -37,13 +45,16 @@ class GraphPrior:
             none of GIN's (docs/research.md).
 
     Raises:
-        InputError: an empty or non-positive node range, a mean degree that is not above 0, an unknown kind, or shares
-            that are none.
+        InputError: an empty or non-positive node range, a mean degree that is not above 0, an unknown kind, shares that
+            are none, or a hub share, spread or growth out of its range.
     """
 
     min_nodes: int = 10
     max_nodes: int = 29
     mean_degree: float | None = None
+    hub_share: float | None = None
+    size_spread: float | None = 0.0
+    degree_growth: float | None = None
     feature_kind: str = "one-hot"
     label_shares: tuple[float, ...] | None = None
 
@@ -52,6 +63,10 @@ class GraphPrior:
         check(2 <= self.min_nodes <= self.max_nodes, "min_nodes, max_nodes", "2 <= min_nodes <= max_nodes", nodes)
         degree = self.mean_degree
         check(degree is None or degree > 0.0, "mean_degree", "None or a number above 0", degree)
+        for name, most in (("hub_share", 1.0), ("size_spread", 10.0), ("degree_growth", 2.0)):
+            value = getattr(self, name)
+            known = value is None or (is_number(value) and 0.0 <= value <= most)
+            check(known, name, f"None or a number in [0, {most:g}]", value)
         check_choice("feature_kind", self.feature_kind, FEATURE_KINDS)
         shares = self.label_shares
         if shares is not None:
@@ -61,6 +76,19 @@ class GraphPrior:
             check(whole, "label_shares", "a share of each node label, adding up to 1", shares)
             # JSON knows lists alone.
             object.__setattr__(self, "label_shares", tuple(float(share) for share in shares))
+
+    @classmethod
+    def around(cls, mean_nodes: int, **known: Any) -> GraphPrior:
+        """A prior for graphs of which the mean number of nodes is known, and what else is `known`.
+
+        Counts are uniform from half to one and a half times the mean, unless a run finds that they must spread more
+        widely (``size_spread`` is None).
+
+        Raises:
+            InputError: a mean below 2, or as in the constructor.
+        """
+        check(is_integer(mean_nodes) and mean_nodes >= 2, "mean_nodes", "2 or more", mean_nodes)
+        return cls(max(mean_nodes // 2, 2), mean_nodes * 3 // 2, **{"size_spread": None, **known})
 
     @property
     def expected_degree(self) -> float:

@@ -46,7 +46,7 @@ def write_report(run: Path, rows: Sequence[dict[str, Any]], graphs: GraphBatch, 
     """
     parts = ["<h1>Distillation report</h1>", _table([row for row in rows if row["stage"] == "result"])]
     parts += [_pool(row) for row in rows if row["stage"] == "pool"]
-    parts += _density([row for row in rows if row["stage"] == "density"])
+    parts += _prior([row for row in rows if row["stage"] == "prior"])
     parts += [_sizes(row) for row in rows if row["stage"] == "parameters"]
     parts += _agreement([row for row in rows if row["stage"] == "agreement"])
     try:
@@ -122,21 +122,25 @@ def _pool(row: dict[str, Any]) -> str:
     return f"<h2>The pseudo-graphs</h2><table>{body}</table>"
 
 
-def _density(rows: Sequence[dict[str, Any]]) -> list[str]:
-    tried = [row for row in rows if "tried" in row]
+def _prior(rows: Sequence[dict[str, Any]]) -> list[str]:
+    tried = [row for row in rows if "k" in row]
     if not tried:
         return []
-    body = "".join(f"<tr><td>{row['tried']:.3g}</td><td>{row['k']:.3g}</td></tr>" for row in tried)
-    chosen = "".join(f"<p>Chosen: {row['mean_degree']:.3g}.</p>" for row in rows if "mean_degree" in row)
+    named = {"mean_degree": "mean degree", "hub_share": "hub share", "size_spread": "spread of sizes"}
+    named |= {"degree_growth": "growth of degrees", "k": "K after a short search"}
+    head = "".join(f"<th>{text}</th>" for text in named.values())
+    body = "".join("<tr>" + "".join(f"<td>{row[name]:.3g}</td>" for name in named) + "</tr>" for row in tried)
+    last = [row for row in rows if "k" not in row][-1:]
+    chosen = "".join(
+        "<p>Chosen: " + ", ".join(f"{named[name]} {row[name]:.3g}" for name in named if name in row) + ".</p>"
+        for row in last
+    )
     chosen += "".join(
         f"<p>Median node label after a longer search, where labels are degrees: {row['label_degree']:.3g}.</p>"
-        for row in rows
+        for row in last
         if "label_degree" in row
     )
-    return [
-        "<h2>Mean degrees tried</h2><table><tr><th>mean degree of the start</th><th>K after a short search</th></tr>"
-        f"{body}</table>{chosen}"
-    ]
+    return [f"<h2>Start graphs tried</h2><table><tr>{head}</tr>{body}</table>{chosen}"]
 
 
 def _sizes(row: dict[str, Any]) -> str:

@@ -23,9 +23,9 @@ from .baselines import Pool, balanced_random_pool, dfad, gfkd_graphs, inverted_f
 from .checkpoints import load_model, save_model
 from .data import GraphDataset, house_or_cycle, load_dataset
 from .distill.config import RunConfig
-from .distill.density import find_density
 from .distill.metrics import MetricsLog
 from .distill.pool import random_pool
+from .distill.prior_search import find_prior
 from .distill.run import Run
 from .distill.student import distill_student, plain_student, pool_agreement, teacher_logits
 from .errors import InputError, check
@@ -61,6 +61,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "four times the steps": {"refine.steps": 32000},
     "labels at random": {"refine.unlabelled": 0.0},
     "density not looked for": {"prior.mean_degree": 2.05},
+    "plain shape": {"prior.hub_share": 0.0, "prior.size_spread": 0.0, "prior.degree_growth": 0.0},
+    "start graphs": {"refine.steps": 0},
     "connected graphs": {"refine.connected": True},
     "reused classifier, GAT": {"student.reuse_classifier": True},
     "reused classifier, linear": {"student.reuse_classifier": True, "student.projector": "linear"},
@@ -74,6 +76,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # What a cell keeps of what the run says about its pool.
+_SHAPE = ("mean_degree", "hub_share", "size_spread", "degree_growth")
 _WITNESS = ("k", "cross_entropy", "agreement", "edges", "mean_degree", "density", "candidates", "peak_memory_mib")
 
 Report = Callable[[str], None]
@@ -90,7 +93,7 @@ class Case:
     Attributes:
         dataset, arch, split: name of the data set, the teacher's architecture, seed of the 70/30 split.
         teacher: trained on `train`.
-        prior: sizes from half to one and a half times the published mean, density as :func:`find_density` finds it.
+        prior: built on the published mean number of nodes, all else as :func:`find_prior` finds it.
         train, test: real graphs; `train` is for the rows on real data, `test` measures.
     """
 
@@ -134,7 +137,8 @@ def _gfkd(task: Task) -> nn.Module:
     pairs = count * prior.max_nodes**2 // 2
     if pairs > _MOST_GFKD_PAIRS:
         raise Skipped(f"about {pairs:,} directed pairs, half of them edges, in each of 1500 steps")
-    return task.taught(gfkd_graphs(teacher, prior, count, seed=task.seed))
+    # Its sizes are uniform on a range.
+    return task.taught(gfkd_graphs(teacher, replace(prior, size_spread=0.0), count, seed=task.seed))
 
 
 def _dfad(task: Task) -> nn.Module:
@@ -272,7 +276,7 @@ class Table:
             "student": task.student,
             "row": row,
             "settings": stamp,
-            "prior_degree": case.prior.expected_degree,
+            "prior": {name: getattr(case.prior, name) for name in _SHAPE},
         }
         start = time.perf_counter()
         if row == "majority class":
@@ -327,10 +331,9 @@ class Table:
         model = load_model(path)[0]
         mean = MEAN_NODES[dataset]
         teacher = as_teacher(model)
-        prior = GraphPrior(max(mean // 2, 2), mean * 3 // 2, feature_kind=data.feature_kind)
-        if self.config.density_steps > 0:
-            found = find_density(teacher, prior, steps=self.config.density_steps, seed=split)
-            prior = replace(prior, mean_degree=found.mean_degree)
+        prior = GraphPrior.around(mean, feature_kind=data.feature_kind)
+        if self.config.prior_steps > 0:
+            prior = find_prior(teacher, prior, steps=self.config.prior_steps, seed=split).prior
         return Case(dataset, arch, split, teacher, prior, train, test)
 
     def _graphs(self, dataset: str, split: int) -> tuple[GraphDataset, GraphBatch, GraphBatch]:

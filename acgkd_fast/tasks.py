@@ -157,7 +157,7 @@ def run_demo(out: Path, *, quick: bool, seed: int, progress: Progress) -> str:
             "prior.feature_kind": data.feature_kind,
             "prior.min_nodes": 20,
             "prior.max_nodes": 30,
-            "density_steps": 100 if quick else RunConfig().density_steps,
+            "prior_steps": 100 if quick else RunConfig().prior_steps,
             "refine.steps": 200 if quick else RunConfig().refine.steps,
             "student.epochs": 10 if quick else RunConfig().student.epochs,
         }

@@ -205,11 +205,11 @@ def test_learning_reaches_accelerated_models_of_torch_geometric():
 
 def test_no_density_is_found_and_the_assumption_is_said(teacher):
     with pytest.warns(RuntimeWarning, match=r"a mean degree of 2\.05 is assumed; state mean_degree") as caught:
-        assert af.find_density(teacher, af.GraphPrior(5, 9)).mean_degree == 2.05
+        assert af.find_prior(teacher, af.GraphPrior(5, 9)).prior.mean_degree == 2.05
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert af.find_density(teacher, af.GraphPrior(5, 9, mean_degree=3.0)).mean_degree == 3.0
+        assert af.find_prior(teacher, af.GraphPrior(5, 9, mean_degree=3.0)).prior.mean_degree == 3.0
 
 
 def test_students_learn_three_classes(teacher):

@@ -109,14 +109,17 @@ def test_whole_run(tmp_path, changes):
     assert config["versions"]["torch"] == torch.__version__
     page = (tmp_path / "run" / "report.html").read_text()
     assert "student on pseudo-graphs" in page and page.count("<svg") >= 2
-    assert "divergence K" in page and "Mean degrees tried" in page and "<p>Chosen: " in page
+    assert "divergence K" in page and "Start graphs tried" in page and "<p>Chosen: " in page
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (said,) = [line for line in lines if line["stage"] == "pool"]
     assert said["graphs"] == 12 and said["nodes"] == pool.num_nodes and 2 * said["edges"] == pool.edges.num_edges
     assert said["k"] > 0.0 and 0.0 <= said["agreement"] <= 1.0 and said["peak_memory_mib"] > 1.0
     assert (said["candidates"] > 0) == (changes.get("learn.steps", 0) > 0)
-    tried = [line for line in lines if line["stage"] == "density"]
-    assert tried[-1]["mean_degree"] in [line["tried"] for line in tried[:-1]]
+    *tried, found = [line for line in lines if line["stage"] == "prior"]
+    kinds = [[line[name] for name in ("hub_share", "size_spread", "degree_growth")] for line in tried]
+    assert len(tried) > 1 and "k" not in found
+    assert [found[name] for name in ("hub_share", "size_spread", "degree_growth")] in kinds
+    assert round(found["mean_degree"], 2) in [line["mean_degree"] for line in tried]
 
 
 def test_the_same_seed_gives_the_same_files(tmp_path):

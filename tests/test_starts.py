@@ -9,8 +9,17 @@ from helpers import dense, entries, philox_words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acgkd_fast import EdgeSample, InputError
-from acgkd_fast.distill.starts import balanced_labels, random_features, random_graphs, random_trees, sample_sizes
+from acgkd_fast import EdgeSample, GraphPrior, InputError, as_teacher, random_pool, start_graphs
+from acgkd_fast.distill.starts import (
+    balanced_labels,
+    prior_degrees,
+    prior_sizes,
+    random_features,
+    random_graphs,
+    random_trees,
+    sample_sizes,
+)
+from acgkd_fast.nn.models import build_model
 from acgkd_fast.philox import Stream, graph_uniforms
 
 SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=6)
@@ -51,7 +60,8 @@ def test_trees_are_simple_and_connected(sizes, extra, attachment):
     for graph, n in zip(graphs_of(edges), sizes, strict=True):
         assert graph.number_of_nodes() == n
         assert nx.is_connected(graph)
-        assert n - 1 <= graph.number_of_edges() <= n - 1 + extra * n + 1
+        most = min(n * (n - 1) / 2, n - 1 + extra * n + 1)
+        assert n - 1 <= graph.number_of_edges() <= most
         if extra == 0.0:
             assert graph.number_of_edges() == n - 1
 
@@ -84,11 +94,68 @@ def test_extra_edges_close_rings_of_three_to_six_about_equally_often():
     assert 0.02 < 1 - sum(share[size] for size in (3, 4, 5, 6)) < 0.2
 
 
+@pytest.mark.parametrize("degree", [2.05, 7.0, 14.0])
+def test_dense_graphs_have_the_edges_that_were_asked_for(degree):
+    extra = degree / 2 - 1 + 1 / 20
+    graphs = graphs_of(random_trees([20] * 60, extra_edges=extra, seed=2))
+    exact = 19 + extra * 20
+    assert {graph.number_of_edges() for graph in graphs} <= {int(exact), int(exact) + 1}
+
+
+def test_every_graph_may_ask_for_edges_of_its_own():
+    sizes = [10, 12, 3, 40]
+    extra = torch.tensor([0.0, 2.5, 5.0, 1.0])
+    graphs = graphs_of(random_trees(sizes, extra_edges=extra, seed=2))
+    # Three nodes have room for one edge beyond the tree.
+    assert [graph.number_of_edges() for graph in graphs] == [9, 11 + 30, 3, 39 + 40]
+
+
+def test_hubs_draw_the_share_that_was_asked_for():
+    trees = graphs_of(random_trees([200] * 40, extra_edges=0.0, hub_share=0.5, attachment=0.0, seed=4))
+    # Node t also joins the first by chance, 1 / t of the other half: about 100 + 3 in all.
+    degrees = torch.tensor([tree.degree[0] for tree in trees]).double()
+    assert degrees.mean() == pytest.approx(102.5, abs=4 * (200 * 0.25 / 40) ** 0.5)
+    stars = graphs_of(random_trees([9] * 5, extra_edges=0.0, hub_share=1.0, seed=4))
+    assert all(star.degree[0] == 8 for star in stars)
+    plain = random_trees([30] * 5, hub_share=0.0, seed=4)
+    assert torch.equal(plain.col, random_trees([30] * 5, seed=4).col)
+
+
+def test_a_prior_says_sizes_and_degrees():
+    around = GraphPrior.around(40, mean_degree=6.0, size_spread=0.8, degree_growth=1.0)
+    assert (around.min_nodes, around.max_nodes, GraphPrior.around(40).size_spread) == (20, 60, None)
+    sizes = torch.tensor(prior_sizes(around, 500, seed=1)).double()
+    assert sizes.mean() == pytest.approx(40, rel=0.02) and sizes.std() == pytest.approx(32, rel=0.1)
+    assert sizes.min() >= 3 and sizes.max() > 150
+    degrees = prior_degrees(around, sizes.long().tolist())
+    assert (degrees * sizes).sum() / sizes.sum() == pytest.approx(6.0)
+    assert torch.allclose(degrees / sizes, (degrees / sizes)[:1].expand(500))
+    flat = prior_degrees(GraphPrior(mean_degree=3.0), [5, 9])
+    assert flat.tolist() == pytest.approx([3.0, 3.0])
+    assert set(prior_sizes(GraphPrior(10, 12, size_spread=None), 200, seed=0)) == {10, 11, 12}
+
+
+def test_pools_follow_the_prior():
+    teacher = as_teacher(build_model("gcn3-8", 4, 2))
+    prior = GraphPrior.around(30, mean_degree=6.0, size_spread=0.6, degree_growth=1.0)
+    for pool in (start_graphs(teacher, prior, 200, seed=1), random_pool(teacher, prior, 200, seed=1)):
+        assert pool.sizes.tolist() == list(prior_sizes(prior, 200, seed=1))
+        assert pool.edges.num_edges / pool.num_nodes == pytest.approx(6.0, abs=0.3)
+        edges = pool.edges.rowptr.long()[pool.ptr[1:]] - pool.edges.rowptr.long()[pool.ptr[:-1]]
+        large = pool.sizes > 45
+        dense_ones = edges[large].sum() / pool.sizes[large].sum()
+        assert dense_ones > 1.5 * edges[~large].sum() / pool.sizes[~large].sum()
+    hubs = start_graphs(teacher, GraphPrior(30, 30, mean_degree=2.05, hub_share=0.6), 50, seed=1)
+    plain = start_graphs(teacher, GraphPrior(30, 30, mean_degree=2.05), 50, seed=1)
+    assert hubs.edges.rowptr.diff().max() > 1.3 * plain.edges.rowptr.diff().max()
+
+
 def test_graphs_do_not_depend_on_their_batch():
     sizes, ids = [7, 12, 1, 30, 5], [4, 900, 2**32 - 1, 0, 17]
-    together = graphs_of(random_trees(sizes, extra_edges=0.4, seed=8, graph_ids=ids))
+    together = graphs_of(random_trees(sizes, extra_edges=2.4, hub_share=0.2, seed=8, graph_ids=ids))
     for order in ([4, 3, 2, 1, 0], [3], [1, 4]):
-        again = random_trees([sizes[g] for g in order], extra_edges=0.4, seed=8, graph_ids=[ids[g] for g in order])
+        chosen = [ids[g] for g in order]
+        again = random_trees([sizes[g] for g in order], extra_edges=2.4, hub_share=0.2, seed=8, graph_ids=chosen)
         for graph, other in zip(graphs_of(again), order, strict=True):
             assert set(graph.edges) == set(together[other].edges)
     assert set(graphs_of(random_trees([30], seed=9, graph_ids=[0]))[0].edges) != set(together[3].edges)
@@ -180,6 +247,14 @@ def test_graph_uniforms_come_from_the_documented_words():
     [
         (lambda: random_trees([3, 0], seed=0), "sizes: expected at least 1 node"),
         (lambda: random_trees([3], extra_edges=-0.1, seed=0), "extra_edges: expected"),
+        (lambda: random_trees([3], extra_edges=torch.ones(2), seed=0), "extra_edges: expected"),
+        (lambda: random_trees([3], hub_share=1.5, seed=0), "hub_share: expected a share in"),
+        (lambda: random_graphs([3], torch.ones(2), seed=0), "mean_degree: expected"),
+        (lambda: sample_sizes((1, 4), 1, seed=0, spread=-0.1), "spread: expected"),
+        (lambda: GraphPrior.around(1), "mean_nodes: expected 2 or more"),
+        (lambda: GraphPrior(hub_share=1.1), "hub_share: expected None or a number in"),
+        (lambda: GraphPrior(size_spread=-1.0), "size_spread: expected None or a number in"),
+        (lambda: GraphPrior(degree_growth="x"), "degree_growth: expected None or a number in"),
         (lambda: random_trees([3], attachment=1.5, seed=0), "attachment: expected an exponent in"),
         (lambda: random_trees([3, 3], seed=0, graph_ids=[1, 1]), "graph_ids: expected distinct ids"),
         (lambda: random_graphs([3], -1.0, seed=0), "mean_degree: expected"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..distill.objectives import batch_norm_term, one_hot_entropy
-from ..distill.starts import balanced_labels, sample_sizes
+from ..distill.starts import balanced_labels, prior_sizes
 from ..distill.statistics import MomentsProbe
 from ..edge_sample import EdgeSample
 from ..edges import arm_gradient, sample_edges
@@ -106,7 +106,7 @@ def gfkd_graphs(
 
 
 def _start(teacher: Teacher, prior: GraphPrior, num_graphs: int, settings: GFKDSettings, seed: int) -> PseudoGraphs:
-    sizes = sample_sizes((prior.min_nodes, prior.max_nodes), num_graphs, seed)
+    sizes = prior_sizes(prior, num_graphs, seed)
     layout = PairLayout.complete(sizes, directed=settings.directed)
     generator = torch.Generator().manual_seed(seed)
     p = torch.rand(layout.num_pairs, generator=generator)

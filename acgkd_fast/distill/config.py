@@ -31,8 +31,8 @@ class RunConfig:
         seed: seed of everything random in the run.
         xi: spatial complexity parameter of the learning stage, in (0, 1].
         prior: what is assumed about the teacher's graphs.
-        density_steps: of each short search for the prior's mean degree where that is not stated
-            (:func:`~.density.find_density`); 0 leaves it out.
+        prior_steps: of each short search for what the prior does not state, such as its mean degree
+            (:func:`~.prior_search.find_prior`); 0 leaves it out.
         scale_steps: whether ``refine.steps``, chosen on graphs of up to 25 nodes, are taken in proportion to the mean
             number of nodes of larger ones, up to four times (:attr:`search`); False takes them as they are.
         learn: the gradient stage; ``steps = 0`` leaves it out.
@@ -43,7 +43,7 @@ class RunConfig:
     num_graphs: int = 400
     seed: int = 0
     xi: float = 1.0
-    density_steps: int = 2000
+    prior_steps: int = 2000
     scale_steps: bool = True
     prior: GraphPrior = field(default_factory=GraphPrior)
     learn: LearnSettings = field(default_factory=lambda: LearnSettings(steps=0))
@@ -53,8 +53,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         check(self.num_graphs >= 1, "num_graphs", "at least 1", self.num_graphs)
         check(0.0 < self.xi <= 1.0, "xi", "a number in (0, 1]", self.xi)
-        steps = self.density_steps
-        check(is_integer(steps) and steps >= 0, "density_steps", "0 or more", steps)
+        steps = self.prior_steps
+        check(is_integer(steps) and steps >= 0, "prior_steps", "0 or more", steps)
         check(isinstance(self.scale_steps, bool), "scale_steps", "True or False", self.scale_steps)
         if self.student.redraw and (self.learn.steps == 0 or self.refine.steps > 0):
             raise InputError(

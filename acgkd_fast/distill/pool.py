@@ -6,7 +6,7 @@ from ..errors import check
 from ..graphs import EdgeSample, GraphBatch
 from ..pseudo_graphs import GraphPrior
 from ..teachers import Teacher
-from .starts import balanced_labels, random_features, random_graphs, random_trees, sample_sizes
+from .starts import balanced_labels, prior_degrees, prior_sizes, random_features, random_graphs, random_trees
 
 
 def start_graphs(teacher: Teacher, prior: GraphPrior, num_graphs: int, *, seed: int = 0) -> GraphBatch:
@@ -14,7 +14,7 @@ def start_graphs(teacher: Teacher, prior: GraphPrior, num_graphs: int, *, seed: 
 
     Args:
         teacher: gives the feature width and the classes.
-        prior: sizes, mean degree and kind of features.
+        prior: sizes, mean degree, hubs and kind of features.
         num_graphs: at least 1.
         seed: seed of everything drawn.
 
@@ -24,19 +24,20 @@ def start_graphs(teacher: Teacher, prior: GraphPrior, num_graphs: int, *, seed: 
     """
     sizes = _sizes(prior, num_graphs, seed)
     # A tree of n nodes has n - 1 edges; what the mean degree asks beyond that closes rings.
-    extra = max(prior.expected_degree / 2.0 - 1.0 + 1.0 / (sum(sizes) / len(sizes)), 0.0)
-    return _finish(teacher, prior, random_trees(sizes, extra_edges=extra, seed=seed), seed)
+    extra = (prior_degrees(prior, sizes) / 2.0 - 1.0 + len(sizes) / sum(sizes)).clamp(min=0.0)
+    edges = random_trees(sizes, extra_edges=extra, hub_share=prior.hub_share or 0.0, seed=seed)
+    return _finish(teacher, prior, edges, seed)
 
 
 def random_pool(teacher: Teacher, prior: GraphPrior, num_graphs: int, *, seed: int = 0) -> GraphBatch:
-    """Erdos-Renyi graphs of the prior's mean degree: the baseline that every run must beat."""
+    """Erdos-Renyi graphs of the prior's sizes and mean degrees: the baseline that every run must beat."""
     sizes = _sizes(prior, num_graphs, seed)
-    return _finish(teacher, prior, random_graphs(sizes, prior.expected_degree, seed), seed)
+    return _finish(teacher, prior, random_graphs(sizes, prior_degrees(prior, sizes), seed), seed)
 
 
 def _sizes(prior: GraphPrior, num_graphs: int, seed: int) -> tuple[int, ...]:
     check(num_graphs >= 1, "num_graphs", "at least 1", num_graphs)
-    return sample_sizes((prior.min_nodes, prior.max_nodes), num_graphs, seed)
+    return prior_sizes(prior, num_graphs, seed)
 
 
 def _finish(teacher: Teacher, prior: GraphPrior, edges: EdgeSample, seed: int) -> GraphBatch:

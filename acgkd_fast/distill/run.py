@@ -14,7 +14,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -34,10 +34,10 @@ from ..report import write_report
 from ..teachers import Teacher, as_teacher, evaluate
 from .captured import stepper
 from .config import RunConfig
-from .density import find_density
 from .inversion import Learner
 from .metrics import MetricsLog
 from .pool import random_pool, start_graphs
+from .prior_search import Trial, find_prior
 from .projector import ForeignHead, equal_size_arch, parameter_counts, teacher_parts
 from .refine import Constraint, Refiner
 from .student import Pool, StudentSettings, distill_student, new_student, pool_agreement
@@ -234,24 +234,26 @@ class Run:
 
     @cached_property
     def prior(self) -> GraphPrior:
-        """The prior with a mean degree: stated, found by a short search, or the default where that is left out."""
+        """The prior with all that it leaves open found by short searches, or as it is where they are left out."""
         config = self.config
-        if config.prior.mean_degree is not None or config.density_steps == 0:
+        if config.prior_steps == 0:
             return config.prior
-        rows = [row for row in self.metrics.read() if row["stage"] == "density"]
-        if not rows or "mean_degree" not in rows[-1]:
-            found = find_density(
+        rows = [row for row in self.metrics.read() if row["stage"] == "prior"]
+        names = [field.name for field in fields(Trial)]
+        if not rows or "k" in rows[-1]:
+            found = find_prior(
                 self.teacher,
                 config.prior,
-                steps=config.density_steps,
+                steps=config.prior_steps,
                 seed=config.seed,
-                tried=[(row["tried"], row["k"]) for row in rows],
-                progress=lambda step, total, values: self._report("density", step, total, values),
+                tried=[Trial(**{name: row[name] for name in names}) for row in rows],
+                progress=lambda step, total, values: self._report("prior", step, total, values),
             )
             labels = {} if found.label_degree is None else {"label_degree": found.label_degree}
-            self.metrics.write("density", len(found.tried) + 1, {"mean_degree": found.mean_degree, **labels})
-            rows = [{"mean_degree": found.mean_degree}]
-        return replace(config.prior, mean_degree=rows[-1]["mean_degree"])
+            chosen = {name: getattr(found.prior, name) for name in names if name != "k"}
+            rows = [chosen]
+            self.metrics.write("prior", len(found.tried) + 1, {**chosen, **labels})
+        return replace(config.prior, **{name: rows[-1][name] for name in names if name != "k"})
 
     def make_graphs(self) -> GraphBatch:
         """Stages one and two: the pseudo-graphs, from ``pseudo_graphs.safetensors`` if already there."""

@@ -10,17 +10,18 @@ and ``Stream.EDGE``), addressed by graph id: a graph does not depend on its neig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from ..data import degree_features
 from ..edges import sample_edges
-from ..errors import InputError, check, check_choice
+from ..errors import InputError, check, check_choice, is_number
 from ..graphs import EdgeSample
 from ..layout import PairLayout
 from ..philox import Stream, graph_uniforms
-from ..pseudo_graphs import FEATURE_KINDS
+from ..pseudo_graphs import FEATURE_KINDS, GraphPrior
 
 # Parents are drawn in proportion to degree and accepted with chance degree^(attachment - 1); about
 # two draws in three pass, so that sixteen failures in a row (the last draw then stands) are one in 10^7.
@@ -31,19 +32,51 @@ _RING_LANES = 8
 _RING_SIZES = (3, 4, 5, 6)
 # Extra edges use step words that no node position reaches.
 _EXTRA_STEP = 2**31
+# Where the walks of all slots fail, or two of them end at one pair, the next round tries again with fresh words.
+_ROUNDS = 16
+_ROUND_STEP = 2**26
+# Of lognormal sizes.
+_LEAST_NODES = 3
 _DRAWS_AT_ONCE = 2**18
 
 
-def sample_sizes(prior: tuple[int, int], count: int, seed: int) -> tuple[int, ...]:
-    """Node counts of `count` graphs, uniform on prior[0]..prior[1].
+def sample_sizes(prior: tuple[int, int], count: int, seed: int, *, spread: float = 0.0) -> tuple[int, ...]:
+    """Node counts of `count` graphs.
+
+    Args:
+        prior: (low, high), both included.
+        count: how many.
+        seed: of a generator of its own.
+        spread: 0 for uniform on low..high. Above 0 the counts are lognormal and may leave the range: of mean
+            (low + high) / 2 and with this standard deviation as a share of it, 3 nodes or more. They are the quantiles
+            at (i + 1/2) / count in random order, so that a small batch has its large graphs too.
 
     Raises:
-        InputError: an empty range, sizes below 1 or a negative count.
+        InputError: an empty range, sizes below 1, a negative count or spread.
     """
     check(len(prior) == 2 and 1 <= prior[0] <= prior[1], "prior", "(low, high) with 1 <= low <= high", prior)
     check(count >= 0, "count", "a number of graphs", count)
-    drawn = torch.randint(prior[0], prior[1] + 1, (count,), generator=_generator(seed))
-    return tuple(drawn.tolist())
+    check(is_number(spread) and spread >= 0.0, "spread", "a number, 0 or more", spread)
+    generator = _generator(seed)
+    if spread == 0.0:
+        return tuple(torch.randint(prior[0], prior[1] + 1, (count,), generator=generator).tolist())
+    variance = math.log1p(spread * spread)
+    middle = math.log((prior[0] + prior[1]) / 2.0) - variance / 2.0
+    normal = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / max(count, 1))
+    drawn = (middle + variance**0.5 * normal).exp().round().clamp(min=_LEAST_NODES).long()
+    return tuple(drawn[torch.randperm(count, generator=generator)].tolist())
+
+
+def prior_sizes(prior: GraphPrior, count: int, seed: int) -> tuple[int, ...]:
+    """Node counts of `count` graphs as a prior describes them, see :func:`sample_sizes`."""
+    return sample_sizes((prior.min_nodes, prior.max_nodes), count, seed, spread=prior.size_spread or 0.0)
+
+
+def prior_degrees(prior: GraphPrior, sizes: Sequence[int]) -> torch.Tensor:
+    """Mean degree of graphs of these sizes, float64 [B]; the prior's on the average over all nodes."""
+    nodes = torch.tensor(sizes, dtype=torch.float64)
+    growth = nodes ** (prior.degree_growth or 0.0)
+    return growth * (prior.expected_degree * nodes.sum() / (nodes * growth).sum())
 
 
 def balanced_labels(count: int, num_classes: int, seed: int) -> torch.Tensor:
@@ -60,23 +93,25 @@ def balanced_labels(count: int, num_classes: int, seed: int) -> torch.Tensor:
 def random_trees(
     sizes: Sequence[int],
     *,
-    extra_edges: float = 0.08,
+    extra_edges: float | torch.Tensor = 0.08,
     attachment: float = 0.5,
+    hub_share: float = 0.0,
     seed: int,
     graph_ids: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> EdgeSample:
     """Sparse connected graphs: random trees plus a few edges that close rings.
 
-    Node t joins an earlier node, chosen with weight degree^attachment. Then about
-    `extra_edges` * n edges close a ring of 3, 4, 5 or 6 nodes or join any pair, each kind being
-    as likely as the others, which gives a mean degree of about 2 (1 + extra_edges) - 2 / n.
+    Node t joins an earlier node: with chance `hub_share` the graph's first, else one that is chosen with weight
+    degree^attachment. Then `extra_edges` * n edges, rounded at random, close a ring of 3, 4, 5 or 6 nodes or join any
+    pair, each kind being as likely as the others, which gives a mean degree of about 2 (1 + extra_edges) - 2 / n.
 
     Args:
         sizes: nodes of each graph, each at least 1.
-        extra_edges: edges beyond the tree, per node; 0 or more. Where a small graph has no room
-            for a new ring, fewer are placed.
+        extra_edges: edges beyond the tree, per node; 0 or more, one number or a tensor [B]. Fewer are placed
+            where a graph has no room for them, and now and then in graphs that are nearly complete.
         attachment: exponent of the degree, in [0, 1]; 0 is a uniform parent, 1 preferential attachment.
+        hub_share: chance that a node joins the first node of its graph, in [0, 1]; 1 grows stars.
         seed: 64-bit key.
         graph_ids: distinct ids that address the noise; default 0..B-1.
         device: where the edges shall live. They are drawn on the CPU.
@@ -87,20 +122,32 @@ def random_trees(
     Raises:
         InputError: an argument outside its range, naming it.
     """
-    check(extra_edges >= 0.0, "extra_edges", "a number of edges per node, 0 or more", extra_edges)
+    extra = torch.as_tensor(extra_edges, dtype=torch.float64)
+    some = extra.numel() == 1 or extra.shape == (len(sizes),)
+    check(some and bool((extra >= 0.0).all()), "extra_edges", "a number of edges per node, 0 or more", extra_edges)
     check(0.0 <= attachment <= 1.0, "attachment", "an exponent in [0, 1]", attachment)
+    check(is_number(hub_share) and 0.0 <= hub_share <= 1.0, "hub_share", "a share in [0, 1]", hub_share)
     layout = PairLayout.complete(sizes, graph_ids=graph_ids)
     ptr, ids = layout.node_ptr, layout.table[2, :-1]
-    parent = _grow(ptr, ids, attachment, seed)
+    parent = _grow(ptr, ids, attachment, hub_share, seed)
     child = (parent >= 0).nonzero().squeeze(1)
-    tree = torch.stack([parent[child], child])
-    tree_edges = EdgeSample.from_edge_index(torch.cat([tree, tree.flip(0)], 1), ptr, symmetric=True)
-    closing = _close_rings(tree_edges, ids, extra_edges, seed)
-    edges = torch.cat([tree, tree.flip(0), closing, closing.flip(0)], 1)
-    return EdgeSample.from_edge_index(edges, ptr, symmetric=True).to(device)
+    pairs = torch.stack([parent[child], child])
+    grown = EdgeSample.from_edge_index(torch.cat([pairs, pairs.flip(0)], 1), ptr, symmetric=True)
+    n = ptr[1:] - ptr[:-1]
+    rounding = graph_uniforms(ids, torch.zeros((), dtype=torch.int64), 1, stream=Stream.INIT, seed=seed).squeeze(-1)
+    wanted = (extra * n + rounding).long().minimum((n - 1) * (n - 2) // 2)
+    for number in range(_ROUNDS):
+        # Not before all graphs are done: what one of them gets may not depend on the others.
+        if not wanted.any():
+            break
+        closing = _close_rings(grown, ids, wanted, seed, number)
+        wanted = wanted - torch.bincount(torch.bucketize(closing[0], ptr[1:], right=True), minlength=n.numel())
+        pairs = torch.cat([pairs, closing], 1)
+        grown = EdgeSample.from_edge_index(torch.cat([pairs, pairs.flip(0)], 1), ptr, symmetric=True)
+    return grown.to(device)
 
 
-def _grow(ptr: torch.Tensor, ids: torch.Tensor, attachment: float, seed: int) -> torch.Tensor:
+def _grow(ptr: torch.Tensor, ids: torch.Tensor, attachment: float, hub_share: float, seed: int) -> torch.Tensor:
     """Parent of every node as a node number of the batch, -1 for the first node of each graph."""
     parent = torch.full((int(ptr[-1]),), -1)
     # A node counts its own edge to its parent from the start; nobody looks at it before it has joined.
@@ -116,8 +163,9 @@ def _grow(ptr: torch.Tensor, ids: torch.Tensor, attachment: float, seed: int) ->
         growing = at_least[position + 1]
         stop = min(len(at_least) - 1, position + max(1, _DRAWS_AT_ONCE // (growing * 2 * _PARENT_DRAWS)))
         t = torch.arange(position, stop)[:, None]
-        u = graph_uniforms(ids[:growing], t, 2 * _PARENT_DRAWS, stream=Stream.INIT, seed=seed)
-        end, accept = u[..., :_PARENT_DRAWS], u[..., _PARENT_DRAWS:]
+        u = graph_uniforms(ids[:growing], t, 2 * _PARENT_DRAWS + 1, stream=Stream.INIT, seed=seed)
+        end, accept = u[..., :_PARENT_DRAWS], u[..., _PARENT_DRAWS : 2 * _PARENT_DRAWS]
+        to_hub = u[..., -1] < hub_share
         # A random end of a random edge is a node in proportion to its degree. Edge i joins node i + 1 to its parent.
         end = (end * (2 * (t[:, :, None] - 1))).long()
         child, is_child = base[:growing, None] + end // 2 + 1, end % 2 == 0
@@ -129,36 +177,42 @@ def _grow(ptr: torch.Tensor, ids: torch.Tensor, attachment: float, seed: int) ->
             candidate = torch.where(is_child[k, :growing], joined, parent[joined])
             accepted = degree[candidate] < most[k, :growing]
             draw = torch.where(accepted, draws, _PARENT_DRAWS - 1).amin(1, keepdim=True)
-            chosen = candidate.gather(1, draw).squeeze(1)
+            chosen = torch.where(to_hub[k, :growing], base[:growing], candidate.gather(1, draw).squeeze(1))
             parent[base[:growing] + (position + k)] = chosen
             degree.index_add_(0, chosen, one[:growing])
         position = stop
     return parent
 
 
-def _close_rings(tree: EdgeSample, ids: torch.Tensor, extra_edges: float, seed: int) -> torch.Tensor:
-    """Edges [2, count], lower node first, that are not in the tree; none twice."""
-    if tree.num_edges == 0:
-        return torch.empty(2, 0, dtype=torch.int64)
-    sizes = tree.ptr[1:] - tree.ptr[:-1]
-    zero = torch.zeros((), dtype=torch.int64)
-    rounding = graph_uniforms(ids, zero, 1, stream=Stream.INIT, seed=seed).squeeze(-1)
-    wanted = (extra_edges * sizes + rounding).long()
-    graph = torch.arange(sizes.numel()).repeat_interleave(wanted)
+def _close_rings(grown: EdgeSample, ids: torch.Tensor, wanted: torch.Tensor, seed: int, number: int) -> torch.Tensor:
+    """Edges [2, count], lower node first, that are not there yet; none twice, at most `wanted` [B] of each graph."""
+    graph = torch.arange(ids.numel()).repeat_interleave(wanted)
     slot = torch.arange(graph.numel()) - (wanted.cumsum(0) - wanted)[graph]
-    u = graph_uniforms(ids[graph], _EXTRA_STEP + slot, _RING_DRAWS * _RING_LANES, stream=Stream.INIT, seed=seed)
+    step = _EXTRA_STEP + number * _ROUND_STEP + slot
+    lanes, keys = _RING_DRAWS * _RING_LANES, grown.row() * grown.num_nodes + grown.col.long()
+    found = []
+    for some in torch.arange(graph.numel()).split(8 * _DRAWS_AT_ONCE // lanes):
+        u = graph_uniforms(ids[graph[some]], step[some], lanes, stream=Stream.INIT, seed=seed)
+        found.append(_walk(grown, keys, graph[some], u))
+    key = torch.unique(torch.cat(found))
+    return torch.stack([key // grown.num_nodes, key % grown.num_nodes])
+
+
+def _walk(grown: EdgeSample, keys: torch.Tensor, graph: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Keys low * num_nodes + high of pairs not among `keys`, at most one per graph listed, whose walks follow u."""
     kind, start, *walk = u.view(-1, _RING_DRAWS, _RING_LANES).unbind(-1)
     # One kind for all tries of a slot: drawn anew, the long walks that fail more often would turn into short ones.
     kind = kind[:, :1]
 
-    first, n = tree.ptr[graph][:, None], sizes[graph][:, None]
+    first, n = grown.ptr[graph][:, None], (grown.ptr[graph + 1] - grown.ptr[graph])[:, None]
     kind = (kind * (len(_RING_SIZES) + 1)).long()
     steps = torch.where(kind < len(_RING_SIZES), kind + _RING_SIZES[0] - 1, 0)
     here = first + (start * n).long()
-    # Without immediate return a walk in a tree never comes back, so its length is the distance of its ends.
+    # Without immediate return a walk in a tree never comes back, so its length is the distance of its ends. Where rings
+    # have been closed it may, and counts as failed.
     before, at = torch.full_like(here, -1), here
     stuck = torch.zeros_like(here, dtype=torch.bool)
-    rowptr, col = tree.rowptr.long(), tree.col.long()
+    rowptr, col = grown.rowptr.long(), grown.col.long()
     for number, choice in enumerate(walk[: max(_RING_SIZES) - 1]):
         moving = number < steps
         degree = rowptr[at + 1] - rowptr[at]
@@ -174,25 +228,17 @@ def _close_rings(tree: EdgeSample, ids: torch.Tensor, extra_edges: float, seed: 
     other = other + (other >= here).long()
     far = torch.where(steps > 0, at, other)
     low, high = torch.minimum(here, far), torch.maximum(here, far)
-    possible = ~stuck & (n > 2) & ~_are_adjacent(tree, low, high)
+    key = low * grown.num_nodes + high
+    taken = keys[torch.searchsorted(keys, key).clamp(max=keys.numel() - 1)] == key
+    possible = ~stuck & (low != high) & ~taken
     draw = torch.where(possible, torch.arange(_RING_DRAWS), _RING_DRAWS).amin(1)
     found = draw < _RING_DRAWS
-    pick = draw[found][:, None]
-    low, high = low[found].gather(1, pick).squeeze(1), high[found].gather(1, pick).squeeze(1)
-    key = torch.unique(low * tree.num_nodes + high)
-    return torch.stack([key // tree.num_nodes, key % tree.num_nodes])
-
-
-def _are_adjacent(edges: EdgeSample, row: torch.Tensor, col: torch.Tensor) -> torch.Tensor:
-    """Whether each pair is an edge: a binary search among the sorted entries."""
-    keys = edges.row() * edges.num_nodes + edges.col.long()
-    wanted = row * edges.num_nodes + col
-    return keys[torch.searchsorted(keys, wanted).clamp(max=keys.numel() - 1)] == wanted
+    return key[found].gather(1, draw[found][:, None]).squeeze(1)
 
 
 def random_graphs(
     sizes: Sequence[int],
-    mean_degree: float,
+    mean_degree: float | torch.Tensor,
     seed: int,
     *,
     graph_ids: Sequence[int] | None = None,
@@ -204,16 +250,18 @@ def random_graphs(
 
     Args:
         sizes: nodes of each graph, each at least 1.
-        mean_degree: expected partners of a node, 0 or more.
+        mean_degree: expected partners of a node, 0 or more; one number or a tensor [B].
         seed, graph_ids, device: as in :func:`random_trees`.
 
     Raises:
         InputError: a negative mean degree, or bad sizes or ids.
     """
-    check(mean_degree >= 0.0, "mean_degree", "a number of partners, 0 or more", mean_degree)
+    degree = torch.as_tensor(mean_degree, dtype=torch.float64)
+    some = degree.numel() == 1 or degree.shape == (len(sizes),)
+    check(some and bool((degree >= 0.0).all()), "mean_degree", "a number of partners, 0 or more", mean_degree)
     layout = PairLayout.complete(sizes, graph_ids=graph_ids, device=device)
     n = layout.node_ptr[1:] - layout.node_ptr[:-1]
-    logit = torch.logit((mean_degree / (n - 1).clamp(min=1)).clamp(max=1.0).float())
+    logit = torch.logit((degree.to(n.device) / (n - 1).clamp(min=1)).clamp(max=1.0).float())
     pairs = layout.pair_ptr[1:] - layout.pair_ptr[:-1]
     drawn = sample_edges(logit.repeat_interleave(pairs, output_size=layout.num_pairs), layout, seed=seed)
     return EdgeSample(drawn.rowptr, drawn.col, drawn.value, drawn.ptr, symmetric=True)

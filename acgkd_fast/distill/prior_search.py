@@ -1,0 +1,213 @@
+"""What start graphs should look like, found without data: the density, hubs and spread of sizes from which a short
+search comes closest to K = 0, and, if the features are degrees, what the labels say that a longer one needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from ..errors import check, is_integer
+from ..pseudo_graphs import GraphPrior
+from ..teachers import Teacher, as_teacher
+from .pool import start_graphs
+from .refine_settings import RefineResult, RefineSettings
+from .refiner import K_WARNING, Refiner
+from .statistics import BatchNormProbe, warn_without_batch_norm
+
+# Mean degrees to try, as multiples of a tree's with a few rings, up to this share of complete graphs.
+_RATIO = 1.4
+_FULLEST = 0.8
+# K only grows from here on: graphs far too dense are the slowest to search.
+_HOPELESS = 10.0
+# A factor between the K of two short searches that says nothing.
+_TIE = 2.0
+# Labels settle long after K has told one density from another.
+_LABEL_STEPS = 3
+# From plain to special: molecules, discussion threads, and networks of collaborators of less or more unequal sizes.
+_SHAPES: tuple[dict[str, float], ...] = (
+    {"hub_share": 0.0, "size_spread": 0.0, "degree_growth": 0.0},
+    {"hub_share": 0.5, "size_spread": 0.0, "degree_growth": 0.0},
+    {"hub_share": 0.0, "size_spread": 0.5, "degree_growth": 1.0},
+    {"hub_share": 0.0, "size_spread": 1.0, "degree_growth": 1.0},
+)
+
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Start graphs of one kind, fields as in :class:`~acgkd_fast.GraphPrior`, and the K that a short search reached."""
+
+    mean_degree: float
+    hub_share: float
+    size_spread: float
+    degree_growth: float
+    k: float
+
+
+@dataclass(frozen=True)
+class FoundPrior:
+    """What was tried and what was best.
+
+    Attributes:
+        prior: the prior that was given, with nothing left unknown.
+        tried: all trials in their order; empty where nothing was tried.
+        label_degree: median of the labels after a longer search, where labels are degrees; None where they are not,
+            or where K stayed so high that they mean little.
+    """
+
+    prior: GraphPrior
+    tried: tuple[Trial, ...] = ()
+    label_degree: float | None = None
+
+
+def find_prior(
+    teacher: Teacher | nn.Module,
+    prior: GraphPrior,
+    *,
+    num_graphs: int = 64,
+    steps: int = 2000,
+    seed: int = 0,
+    tried: Sequence[Trial] = (),
+    progress: Progress | None = None,
+) -> FoundPrior:
+    """Search from start graphs of several kinds, by K alone, and compare how far each comes.
+
+    The search proper adds and deletes few edges and no nodes, so that it ends near the density, the hubs and the sizes
+    that it set out from. First come mean degrees (2.05, 2.9, 4.0 and so on, 1.4 times the last, up to 0.8 of a complete
+    graph's or to ten times the least K): the one with the least K; where that is below 0.05, the sparsest whose K is
+    at most twice as much. Then shapes at that density: plain, half of the nodes joined to a hub, and sizes that spread
+    with degrees that grow with them; the first in this order whose K is at most twice the least.
+
+    A teacher whose layers normalise by degree hides density from K. If its features are one-hot degrees, it still tells
+    them: K fixes how often each label occurs, whatever the edges, and the median of a pool's labels is a degree of the
+    graphs that the teacher learned from. (Its mean is none: labels that the teacher never saw cost little and occur too
+    often.) The density is then not less than that.
+
+    Args:
+        teacher: a Teacher or any module that `as_teacher` accepts; stays frozen.
+        prior: sizes and features. What it states stays; what is None is looked for.
+        num_graphs, steps: of each search; the one for labels takes three times as many steps. With the defaults all of
+            them together cost about a third of a search for 400 graphs.
+        seed: of starts and searches.
+        tried: trials of an earlier call that was cut off, which are not run again.
+        progress: called after every trial with its number, how many there are at most, and the trial's fields.
+
+    Returns:
+        FoundPrior: without trials where nothing is unknown, or where the teacher has no BatchNorm; then a mean degree
+        of 2.05 is assumed, and 0 for all else.
+
+    Raises:
+        InputError: num_graphs or steps below 1.
+
+    Warns:
+        RuntimeWarning: neither a stated mean degree nor BatchNorm.
+    """
+    check(is_integer(num_graphs) and num_graphs >= 1, "num_graphs", "at least 1", num_graphs)
+    check(is_integer(steps) and steps >= 1, "steps", "at least 1", steps)
+    teacher = as_teacher(teacher)
+    stated = {name: getattr(prior, name) for name in _SHAPES[0] if getattr(prior, name) is not None}
+    plain = replace(prior, mean_degree=prior.expected_degree, **{**_SHAPES[0], **stated})
+    if BatchNormProbe(teacher.module).num_layers == 0:
+        if prior.mean_degree is None:
+            warn_without_batch_norm(
+                f"nothing tells one density from another and a mean degree of {prior.expected_degree} is assumed; "
+                "state mean_degree if you know it",
+                stacklevel=2,
+            )
+        return FoundPrior(plain)
+    most = _FULLEST * ((prior.min_nodes + prior.max_nodes) / 2 - 1)
+    degrees = [plain.expected_degree]
+    while prior.mean_degree is None and degrees[-1] * _RATIO <= most:
+        degrees.append(degrees[-1] * _RATIO)
+    shapes = []
+    for shape in _SHAPES:
+        shapes += [s for s in [{**shape, **stated}] if s not in shapes]
+    if len(degrees) == len(shapes) == 1:
+        return FoundPrior(plain)
+    trials = _Trials(teacher, num_graphs, steps, seed, tried, progress, len(degrees) + len(shapes))
+
+    found, label_degree = plain, None
+    if prior.mean_degree is None:
+        found = _sparsest(trials.sparse_to_dense(plain, degrees))
+        label_degree = trials.label_degree(found)
+        if label_degree is not None:
+            found = replace(found, mean_degree=max(found.expected_degree, min(label_degree, most)))
+    if len(shapes) > 1:
+        found = _first([trials.of(replace(found, **shape)) for shape in shapes])
+    return FoundPrior(found, tuple(trials.done), label_degree)
+
+
+_Scored = tuple[GraphPrior, float]
+
+
+def _first(scored: Sequence[_Scored]) -> GraphPrior:
+    least = min(k for _, k in scored)
+    return next(prior for prior, k in scored if k <= _TIE * least)
+
+
+def _sparsest(scored: Sequence[_Scored]) -> GraphPrior:
+    prior, least = min(scored, key=lambda one: one[1])
+    return _first(scored) if least <= K_WARNING else prior
+
+
+class _Trials:
+    """Short searches, each run once, those of an earlier call not again."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        num_graphs: int,
+        steps: int,
+        seed: int,
+        tried: Sequence[Trial],
+        progress: Progress | None,
+        at_most: int,
+    ) -> None:
+        self.teacher, self.num_graphs, self.steps, self.seed = teacher, num_graphs, steps, seed
+        self.done: list[Trial] = []
+        self._earlier, self._progress, self._at_most = list(tried), progress, at_most
+
+    def of(self, prior: GraphPrior) -> _Scored:
+        """A prior and the K of its trial."""
+        kind: dict[str, Any] = {name: getattr(prior, name) for name in _SHAPES[0]}
+        kind["mean_degree"] = round(prior.expected_degree, 2)
+        for trial in self.done:
+            if all(getattr(trial, name) == value for name, value in kind.items()):
+                return prior, trial.k
+        number = len(self.done)
+        if number < len(self._earlier):
+            self.done.append(self._earlier[number])
+            return prior, self.done[-1].k
+        k = self._search(prior, self.steps).k
+        assert k is not None
+        self.done.append(Trial(**kind, k=k))
+        if self._progress is not None:
+            self._progress(number + 1, self._at_most, asdict(self.done[-1]))
+        return prior, k
+
+    def sparse_to_dense(self, prior: GraphPrior, degrees: Sequence[float]) -> list[_Scored]:
+        scored: list[_Scored] = []
+        for degree in degrees:
+            if scored and scored[-1][1] > _HOPELESS * min(k for _, k in scored):
+                break
+            scored.append(self.of(replace(prior, mean_degree=degree)))
+        return scored
+
+    def label_degree(self, prior: GraphPrior) -> float | None:
+        if prior.feature_kind != "degree":
+            return None
+        longer = self._search(prior, _LABEL_STEPS * self.steps)
+        if longer.k is None or longer.k > K_WARNING:
+            return None
+        return float(longer.graphs.x.argmax(1).median())
+
+    def _search(self, prior: GraphPrior, steps: int) -> RefineResult:
+        start = start_graphs(self.teacher, prior, self.num_graphs, seed=self.seed)
+        settings = RefineSettings(steps=steps, w_ce=0.0)
+        refiner = Refiner(self.teacher, start, settings, seed=self.seed, feature_kind=prior.feature_kind)
+        refiner.advance(steps)
+        return refiner.result()

@@ -1,0 +1,176 @@
+"""The shape of start graphs found by short searches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from search_helpers import PlainTeacher
+
+import acgkd_fast as af
+from acgkd_fast.distill.prior_search import FoundPrior, Trial, find_prior
+from acgkd_fast.errors import InputError
+from acgkd_fast.nn.models import build_model
+
+# What is stated is not looked for: of these, the density alone.
+PLAIN = {"hub_share": 0.0, "degree_growth": 0.0}
+PRIOR = af.GraphPrior(14, 20, feature_kind="one-hot", **PLAIN)
+
+
+def calibrated(arch: str, mean_degree: float, prior: af.GraphPrior = PRIOR, *, draw=af.random_pool) -> af.Teacher:
+    """A random teacher whose running statistics are those of random graphs of a mean degree."""
+    torch.manual_seed(0)
+    teacher = build_model(arch, 7 if prior.feature_kind == "one-hot" else 16, 2)
+    graphs = draw(af.as_teacher(teacher), replace(prior, mean_degree=mean_degree), 200, seed=5)
+    for layer in teacher.modules():
+        if isinstance(layer, torch.nn.BatchNorm1d):
+            layer.reset_running_stats()
+            layer.momentum = None
+    teacher.train()
+    with torch.no_grad():
+        teacher(graphs.x, graphs.edges)
+    return af.as_teacher(teacher.eval())
+
+
+@pytest.mark.parametrize("degree", [2.2, 8.0])
+def test_finds_the_density_that_the_statistics_come_from(degree):
+    found = find_prior(calibrated("gin3-32", degree), PRIOR, num_graphs=32, steps=60)
+    assert 0.6 * degree < found.prior.mean_degree < 1.7 * degree
+    degrees, ks = [trial.mean_degree for trial in found.tried], [trial.k for trial in found.tried]
+    assert degrees == sorted(degrees) and degrees[0] == 2.05 and degrees[-1] <= 0.8 * 16
+    assert ks[degrees.index(round(found.prior.mean_degree, 2))] <= 2.0 * min(ks)
+
+
+def test_the_sparsest_of_those_that_came_near():
+    found = find_prior(calibrated("gcn3-32", 3.0), PRIOR, num_graphs=32, steps=400)
+    best = min(found.tried, key=lambda trial: trial.k)
+    near = [trial.mean_degree for trial in found.tried if trial.k <= 2.0 * best.k]
+    assert best.k < 0.05 and len(near) > 1 and best.mean_degree != near[0]
+    assert round(found.prior.mean_degree, 2) == near[0]
+
+
+def test_the_least_k_where_nothing_came_near():
+    found = find_prior(calibrated("gin3-32", 9.5), PRIOR, num_graphs=32, steps=1)
+    best = min(found.tried, key=lambda trial: trial.k)
+    assert best.k > 0.05 and round(found.prior.mean_degree, 2) == best.mean_degree
+    assert any(trial.mean_degree < best.mean_degree and trial.k < 2.0 * best.k for trial in found.tried)
+
+
+def test_gives_up_on_graphs_that_are_hopelessly_dense():
+    tried = find_prior(calibrated("gin3-32", 2.2), PRIOR, num_graphs=32, steps=60).tried
+    ks = [trial.k for trial in tried]
+    assert all(k <= 10.0 * min(ks[: i + 1]) for i, k in enumerate(ks[:-1]))
+
+
+@pytest.mark.parametrize("degree", [5.0, 7.0])
+def test_labels_that_are_degrees_tell_the_density(degree):
+    prior = replace(PRIOR, feature_kind="degree")
+    found = find_prior(calibrated("gcn3-32", degree, prior), prior, num_graphs=32, steps=150)
+    assert found.label_degree is not None and abs(found.label_degree - degree) <= 1.0
+    least = min(trial.k for trial in found.tried)
+    by_k = next(trial.mean_degree for trial in found.tried if trial.k <= 2.0 * least)
+    assert round(found.prior.mean_degree, 2) == max(by_k, found.label_degree)
+
+
+def test_labels_decide_where_k_finds_trees(monkeypatch):
+    prior = replace(PRIOR, feature_kind="degree")
+    monkeypatch.setattr("acgkd_fast.distill.prior_search._HOPELESS", 0.0)
+    found = find_prior(calibrated("gcn3-32", 7.0, prior), prior, num_graphs=32, steps=300)
+    assert len(found.tried) == 1
+    assert found.prior.mean_degree == found.label_degree and abs(found.label_degree - 7.0) <= 1.0
+
+
+def test_labels_ask_for_no_more_than_graphs_can_hold(monkeypatch):
+    small = af.GraphPrior(5, 7, feature_kind="degree", **PLAIN)
+    monkeypatch.setattr("acgkd_fast.distill.prior_search._HOPELESS", 0.0)
+    found = find_prior(calibrated("gcn3-32", 9.0, replace(PRIOR, feature_kind="degree")), small, steps=600)
+    assert found.label_degree is not None and found.label_degree > 4.0
+    assert found.prior.mean_degree == 0.8 * 5
+
+
+def test_labels_are_not_asked_where_the_search_has_not_come_near():
+    prior = replace(PRIOR, feature_kind="degree")
+    found = find_prior(calibrated("gcn3-32", 7.0, prior), prior, num_graphs=32, steps=1)
+    assert found.label_degree is None
+    assert round(found.prior.mean_degree, 2) == min(found.tried, key=lambda trial: trial.k).mean_degree
+
+
+def test_a_stated_density_and_a_teacher_without_batch_norm_end_the_search():
+    stated = replace(PRIOR, mean_degree=5.0)
+    teacher = calibrated("gin3-32", 8.0)
+    assert find_prior(teacher, stated) == FoundPrior(stated)
+    with pytest.warns(RuntimeWarning, match="no BatchNorm layer .* mean degree of 2.05 is assumed"):
+        unknown = af.GraphPrior.around(17, feature_kind="one-hot")
+        assert find_prior(PlainTeacher(), unknown).prior == replace(unknown, mean_degree=2.05, size_spread=0.0, **PLAIN)
+
+
+SHAPES = {
+    "plain": {"hub_share": 0.0, "size_spread": 0.0, "degree_growth": 0.0},
+    "hubs": {"hub_share": 0.5, "size_spread": 0.0, "degree_growth": 0.0},
+    "spread": {"hub_share": 0.0, "size_spread": 1.0, "degree_growth": 1.0},
+}
+
+
+@pytest.mark.parametrize(("name", "degree"), [("plain", 2.05), ("hubs", 2.05), ("spread", 6.0)])
+def test_finds_the_shape_that_the_statistics_come_from(name, degree):
+    unknown = af.GraphPrior.around(30, mean_degree=degree, feature_kind="one-hot")
+    teacher = calibrated("gin3-32", degree, replace(unknown, **SHAPES[name]), draw=af.start_graphs)
+    found = find_prior(teacher, unknown, num_graphs=32, steps=400)
+    assert [trial.mean_degree for trial in found.tried] == [degree] * 4
+    # Spreads of a half and of one may be as near.
+    assert found.prior.hub_share == SHAPES[name]["hub_share"]
+    assert (found.prior.size_spread > 0.0) == (found.prior.degree_growth > 0.0) == (name == "spread")
+    ks = [trial.k for trial in found.tried]
+    chosen = next(trial.k for trial in found.tried if trial.k <= 2.0 * min(ks))
+    kind = (found.prior.hub_share, found.prior.size_spread, found.prior.degree_growth, chosen)
+    assert kind in [(trial.hub_share, trial.size_spread, trial.degree_growth, trial.k) for trial in found.tried]
+
+
+def test_what_is_stated_stays():
+    prior = af.GraphPrior(14, 20, mean_degree=3.0, hub_share=0.25, feature_kind="one-hot")
+    found = find_prior(calibrated("gin3-32", 2.2), prior, num_graphs=8, steps=5)
+    assert {(trial.mean_degree, trial.hub_share, trial.size_spread) for trial in found.tried} == {(3.0, 0.25, 0.0)}
+    assert sorted(trial.degree_growth for trial in found.tried) == [0.0, 1.0]
+    assert (found.prior.mean_degree, found.prior.hub_share, found.prior.size_spread) == (3.0, 0.25, 0.0)
+
+
+def test_shapes_are_compared_at_the_density_found():
+    found = find_prior(calibrated("gin3-32", 8.0), af.GraphPrior.around(17, feature_kind="one-hot"), steps=60)
+    last = found.tried[-1]
+    assert [trial.mean_degree for trial in found.tried[-3:]] == [round(found.prior.mean_degree, 2)] * 3
+    assert (last.hub_share, last.size_spread, last.degree_growth) == (0.0, 1.0, 1.0)
+    # The plain shape at that density is one of the first trials and is not run again.
+    assert sum(trial == found.tried[0] for trial in found.tried) == 1
+    plain = [trial for trial in found.tried if not (trial.hub_share or trial.size_spread)]
+    assert len(plain) == len(found.tried) - 3
+
+
+def test_goes_on_from_the_trials_of_an_earlier_call():
+    teacher, said = calibrated("gcn3-32", 4.0), []
+    prior = af.GraphPrior.around(17, feature_kind="one-hot")
+    whole = find_prior(teacher, prior, num_graphs=8, steps=10, progress=lambda *given: said.append(given))
+    assert [Trial(**values) for _, _, values in said] == list(whole.tried)
+    assert [step for step, _, _ in said] == list(range(1, len(whole.tried) + 1))
+    assert all(step <= total for step, total, _ in said)
+    for done in (2, len(whole.tried) - 1):
+        again: list = []
+        first = whole.tried[:done]
+        found = find_prior(
+            teacher, prior, num_graphs=8, steps=10, tried=first, progress=lambda *g, to=again: to.append(g)
+        )
+        assert found == whole and again == said[done:]
+
+
+def test_repeats_and_leaves_the_teacher_alone():
+    teacher = calibrated("gcn3-32", 4.0)
+    before = {name: value.clone() for name, value in teacher.module.state_dict().items()}
+    first = find_prior(teacher, PRIOR, num_graphs=8, steps=10, seed=3)
+    assert find_prior(teacher, PRIOR, num_graphs=8, steps=10, seed=3) == first
+    assert all(torch.equal(value, before[name]) for name, value in teacher.module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["num_graphs", "steps"])
+def test_bad_numbers_are_refused(name):
+    with pytest.raises(InputError, match=f"{name}: expected at least 1, got 0"):
+        find_prior(calibrated("gcn3-32", 2.2), PRIOR, **{name: 0})
