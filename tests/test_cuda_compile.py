@@ -23,7 +23,7 @@ ARCHITECTURES = ("80", "90", "100")
 OPERATORS = re.findall(r'm\.impl\("(\w+)"', "".join(source.read_text() for source in SOURCES))
 
 # Called for CPU tensors only; elsewhere torch's own kernels are used.
-LEFT_TO_TORCH = {"softmax_rows", "softmax_rows_backward", "mean_entropy", "mean_entropy_backward"}
+LEFT_TO_TORCH = {"softmax_rows", "softmax_rows_backward", "mean_entropy", "mean_entropy_backward", "frozen_linear"}
 
 
 def cuda_home() -> Path | None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from helpers import normal
+from helpers import OPCHECKED, kernels, normal, opcheck, reference_kernels  # noqa: F401
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from acgkd_fast import InputError, _library, build_info
+from acgkd_fast.linear import frozen_linear
+from acgkd_fast.nn import linear as layers
 from acgkd_fast.nn.linear import linear
 
 
@@ -40,3 +47,110 @@ def test_several_graphs_features():
     grad = normal((2, 4, 2), 3)
     (found,) = torch.autograd.grad(linear(x, weight), x, grad)
     torch.testing.assert_close(found, grad @ weight)
+
+
+def case(rows: int, before: int, after: int, dtype: torch.dtype = torch.float32):
+    return normal((rows, before), 1, dtype), normal((after, before), 2, dtype), normal(after, 3, dtype)
+
+
+def assert_close(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    wide = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    size = x.abs().double() @ weight.abs().double().t() + 1.0
+    assert ((found.double() - wide).abs() <= 1e-6 * size).all()
+
+
+# Blocks of 6 and of 60 rows.
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 6, 7, 59, 60, 61, 65, 120, 487])
+@pytest.mark.parametrize("widths", [(16, 16), (64, 64), (16, 128), (128, 32), (96, 48)])
+def test_frozen_linear_against_float64(kernels, rows, widths):  # noqa: F811
+    x, weight, bias = case(rows, *widths)
+    x.requires_grad_()
+    for shift in (bias, None):
+        out = frozen_linear(x, weight, shift)
+        assert out.shape == (rows, widths[1]) and out.is_contiguous()
+        assert_close(out, x.detach(), weight, shift)
+        assert torch.equal(out, frozen_linear(x, weight, shift))
+    grad = normal((rows, widths[1]), 4, torch.float32)
+    (found,) = torch.autograd.grad(out, x, grad)
+    assert_close(found, grad, weight.t(), None)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 200),
+    before=st.integers(1, 9).map(lambda n: 16 * n),
+    after=st.integers(1, 9).map(lambda n: 16 * n),
+    transposed=st.booleans(),
+    shifted=st.booleans(),
+)
+def test_any_shape(kernels, rows, before, after, transposed, shifted):  # noqa: F811
+    x, weight, bias = case(rows, before, after)
+    given_weight = weight.t().contiguous() if transposed else weight
+    found = torch.ops.acgkd_fast.frozen_linear(x, given_weight, bias if shifted else None, transposed)
+    assert_close(found, x, weight, bias if shifted else None)
+
+
+def test_infinities_and_nans_spread_as_in_torch(kernels):  # noqa: F811
+    x, weight, bias = case(70, 16, 32)
+    x[3, 2], x[61, 0], weight[5, 1] = math.inf, math.nan, -math.inf
+    torch.testing.assert_close(
+        frozen_linear(x, weight, bias),
+        torch.nn.functional.linear(x, weight, bias),
+        equal_nan=True,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_frozen_linear_opcheck(kernels):  # noqa: F811
+    x, weight, bias = case(7, 16, 32)
+    turned = weight.t().contiguous()
+    opcheck(
+        "frozen_linear",
+        [
+            (x.clone().requires_grad_(), weight, bias, False),
+            (x, weight, None, False),
+            (x, turned, bias, True),
+            (x[:0].clone().requires_grad_(), turned, None, True),
+        ],
+    )
+
+
+OPCHECKED |= {"frozen_linear"}
+
+
+def test_gradcheck_of_the_formula():
+    x, weight, bias = case(5, 3, 4, torch.float64)
+    with reference_kernels():
+        assert torch.autograd.gradcheck(lambda x: frozen_linear(x, weight, bias), (x.requires_grad_(),))
+
+
+def test_what_learns_is_refused():
+    x, weight, bias = case(5, 16, 16)
+    with pytest.raises(InputError, match="weight: expected a tensor that does not require a gradient"):
+        frozen_linear(x, weight.requires_grad_(), bias)
+    with pytest.raises(InputError, match="bias: expected a tensor that does not require a gradient"):
+        frozen_linear(x, weight.detach(), bias.requires_grad_())
+
+
+@pytest.mark.skipif(not build_info()["loaded"], reason="the native extension is not built")
+def test_the_layer_takes_the_operator_where_it_pays(monkeypatch):
+    calls = []
+    monkeypatch.setattr(layers, "frozen_linear", lambda *a: calls.append(a) or frozen_linear(*a))
+    assert _library.backend("frozen_linear", "cpu") == "native"
+    x, weight, bias = case(512, 64, 64)
+    torch.testing.assert_close(linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    assert len(calls) == 1
+    for others in (
+        (x[:511], weight, bias),
+        (x, weight.clone().requires_grad_(), bias),
+        (x, weight, bias.clone().requires_grad_()),
+        (x.double(), weight.double(), bias.double()),
+        (x[:, :63].contiguous(), weight[:, :63].contiguous(), bias),
+        (x, weight[:63], bias[:63]),
+        (x.t().contiguous().t(), weight, bias),
+        (x, weight.t().contiguous().t(), bias),
+        (x.view(2, 256, 64), weight, bias),
+    ):
+        torch.testing.assert_close(linear(*others), torch.nn.functional.linear(*others))
+    assert len(calls) == 1

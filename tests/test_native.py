@@ -369,6 +369,8 @@ def large_calls() -> dict[str, Callable[[], tuple]]:
     add("softmax_rows_backward", "softmax_rows_backward", features, soft)
     add("mean_entropy", "mean_entropy", soft)
     add("mean_entropy_backward", "mean_entropy_backward", torch.tensor(0.7), soft)
+    rows, weight = normal((20_000, 64), 4, torch.float32), normal((32, 64), 5, torch.float32)
+    add("frozen_linear", "frozen_linear", rows, weight, weight[:, 0].contiguous(), False)
     ptr = torch.arange(578)
     for mode in (0, 1, 2):
         out, argmax = add(f"readout {mode}", "readout", x, ptr, mode)

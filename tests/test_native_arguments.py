@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import acgkd_fast.linear
 import acgkd_fast.propagate  # noqa: F401  declares the operators
 from acgkd_fast import PairLayout, build_info
 
@@ -95,3 +96,23 @@ def swapped(arguments: tuple, position: int, value) -> tuple:
 def test_raw_calls_with_bad_arguments_are_refused(name, arguments, text):
     with pytest.raises(RuntimeError, match=text):
         getattr(torch.ops.acgkd_fast, name)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"x": torch.zeros(4, 15)}, r"x: expected .* \(any, 16\), got a Float cpu tensor of shape \(4, 15\)"),
+        ({"x": torch.zeros(4, 16).double()}, "x: expected a contiguous Float"),
+        ({"x": torch.zeros(16, 4).t()}, "x: .* got a non-contiguous"),
+        (
+            {"weight": torch.zeros(17, 16), "bias": torch.zeros(17)},
+            "weight: expected outputs .* of 16, got 17",
+        ),
+        ({"weight": torch.zeros(16)}, "weight: expected a contiguous Float"),
+        ({"bias": torch.zeros(15)}, r"bias: expected .* \(16\)"),
+    ],
+)
+def test_bad_rows_or_weights(change, text):
+    arguments = {"x": torch.zeros(4, 16), "weight": torch.zeros(16, 16), "bias": torch.zeros(16), **change}
+    with pytest.raises(RuntimeError, match=text):
+        torch.ops.acgkd_fast.frozen_linear(*arguments.values(), False)

@@ -22,7 +22,7 @@ _RATIO = 1.4
 _FULLEST = 0.8
 # K only grows from here on: graphs far too dense are the slowest to search.
 _HOPELESS = 10.0
-# A factor between the K of two short searches that says nothing.
+# A factor between the K of two short searches that says nothing once both have come near.
 _TIE = 2.0
 # Labels settle long after K has told one density from another.
 _LABEL_STEPS = 3
@@ -78,9 +78,9 @@ def find_prior(
 
     The search proper adds and deletes few edges and no nodes, so that it ends near the density, the hubs and the sizes
     that it set out from. First come mean degrees (2.05, 2.9, 4.0 and so on, 1.4 times the last, up to 0.8 of a complete
-    graph's or to ten times the least K): the one with the least K; where that is below 0.05, the sparsest whose K is
-    at most twice as much. Then shapes at that density: plain, half of the nodes joined to a hub, and sizes that spread
-    with degrees that grow with them; the first in this order whose K is at most twice the least.
+    graph's or to ten times the least K), then shapes at the density found: plain, half of the nodes joined to a hub,
+    and sizes that spread with degrees that grow with them. Of each the one with the least K is taken; where that is
+    below 0.05, the first in this order whose K is at most twice as much.
 
     A teacher whose layers normalise by degree hides density from K. If its features are one-hot degrees, it still tells
     them: K fixes how often each label occurs, whatever the edges, and the median of a pool's labels is a degree of the
@@ -132,26 +132,23 @@ def find_prior(
 
     found, label_degree = plain, None
     if prior.mean_degree is None:
-        found = _sparsest(trials.sparse_to_dense(plain, degrees))
+        found = _plainest(trials.sparse_to_dense(plain, degrees))
         label_degree = trials.label_degree(found)
         if label_degree is not None:
             found = replace(found, mean_degree=max(found.expected_degree, min(label_degree, most)))
     if len(shapes) > 1:
-        found = _first([trials.of(replace(found, **shape)) for shape in shapes])
+        found = _plainest([trials.of(replace(found, **shape)) for shape in shapes])
     return FoundPrior(found, tuple(trials.done), label_degree)
 
 
 _Scored = tuple[GraphPrior, float]
 
 
-def _first(scored: Sequence[_Scored]) -> GraphPrior:
+def _plainest(scored: Sequence[_Scored]) -> GraphPrior:
+    """The prior of least K, or, where that is near 0, the first that comes about as near."""
     least = min(k for _, k in scored)
-    return next(prior for prior, k in scored if k <= _TIE * least)
-
-
-def _sparsest(scored: Sequence[_Scored]) -> GraphPrior:
-    prior, least = min(scored, key=lambda one: one[1])
-    return _first(scored) if least <= K_WARNING else prior
+    near = _TIE * least if least <= K_WARNING else least
+    return next(prior for prior, k in scored if k <= near)
 
 
 class _Trials:

@@ -1,4 +1,4 @@
-// The arithmetic of the search, row by row. Each row's bits do not depend on which rows are computed beside it.
+// The arithmetic of the search and of frozen layers, row by row. Each row's bits do not depend on which rows are computed beside it.
 #pragma once
 
 #include <cstdint>
