@@ -306,8 +306,32 @@ def test_distill_command_and_resume(tmp_path, teacher_file):
     assert resumed.exit_code == 0, resumed.output
 
 
+def test_what_the_command_line_says_of_the_graphs(tmp_path, teacher_file):
+    out = tmp_path / "run"
+    small = ("--num-graphs", 8, "--refine-steps", 30, "--epochs", 2)
+    shape = ("--mean-nodes", 8, "--mean-degree", 3.0, "--hub-share", 0.25)
+    result = invoke("distill", "--teacher", teacher_file, "--out", out, *small, *shape)
+    assert result.exit_code == 0, result.output
+    prior = json.loads((out / "config.json").read_text())["settings"]["prior"]
+    assert (prior["min_nodes"], prior["max_nodes"]) == (4, 12)
+    assert (prior["mean_degree"], prior["hub_share"], prior["size_spread"]) == (3.0, 0.25, None)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    tried = [row for row in rows if row["stage"] == "prior" and "k" in row]
+    assert {row["size_spread"] for row in tried} == {0.0, 0.5, 1.0}
+    assert {(row["mean_degree"], row["hub_share"]) for row in tried} == {(3.0, 0.25)}
+    stated = ("--mean-nodes", 8, "--size-spread", 0.5, "--degree-growth", 1, "--mean-degree", 3, "--hub-share", 0)
+    result = invoke("distill", "--teacher", teacher_file, "--out", tmp_path / "other", *small, *stated)
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "other" / "metrics.jsonl").read_text()
+    assert not any(line["stage"] == "prior" and "k" in line for line in map(json.loads, text.splitlines()))
+
+
 def test_bad_command_lines(tmp_path, teacher_file):
     out = tmp_path / "run"
+    both = ("--nodes", "5:7", "--mean-nodes", 8)
+    one_line_error(invoke("distill", "--teacher", teacher_file, "--out", out, *both), "mean-nodes", "got 8")
+    one_line_error(invoke("distill", "--teacher", teacher_file, "--out", out, "--mean-nodes", 1), "mean_nodes")
+    one_line_error(invoke("distill", "--teacher", teacher_file, "--out", out, "--hub-share", 2), "hub_share")
     one_line_error(invoke("distill", "--teacher", tmp_path / "none", "--out", out), "none", "expected")
     corrupt = tmp_path / "corrupt.safetensors"
     corrupt.write_bytes(teacher_file.read_bytes()[:100])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -121,6 +122,12 @@ def first_width(module: nn.Module) -> int:
     raise InputError(f"nn: expected a first layer with in_features or in_channels, got {type(first).__name__}")
 
 
+@functools.cache
+def _built() -> bool:
+    """Asked once: the dispatcher takes 20 us to answer."""
+    return backend("frozen_linear", "cpu") == "native"
+
+
 def _many_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the operator takes these and pays for its call."""
     plain = x.is_cpu and x.dim() == 2 and x.is_contiguous() and weight.is_contiguous()
@@ -147,7 +154,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     inversion step; of the others general products take a fifth longer than :func:`~acgkd_fast.linear.frozen_linear`.
     """
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not learns and _many_rows(x, weight) and backend("frozen_linear", "cpu") == "native":
+    if not learns and _many_rows(x, weight) and _built():
         return frozen_linear(x, weight, bias)
     narrow = x.dim() == 2 and weight.shape[1] in _NARROW
     if x.requires_grad and not learns and x.is_cpu and narrow:
