@@ -32,17 +32,17 @@ class GraphPrior:
             refinement repairs by itself, so state it if you know it. None: unknown; a run then looks for it, and for
             whatever else of the shape is None (:func:`~acgkd_fast.distill.prior_search.find_prior`). Everything else
             takes `expected_degree`, and 0 for the rest.
-        hub_share: chance that a node of a start graph joins the graph's first node, as replies join a thread.
-        size_spread: 0 for node counts uniform on the range. Above 0 they are lognormal with this standard deviation, as
-            a share of their mean (min_nodes + max_nodes) / 2, and may lie outside the range.
-        degree_growth: the mean degree of a graph grows with its number of nodes to this power; 0 in molecules, 1 where
-            every pair is equally likely, as in networks of collaborators.
         feature_kind: "one-hot" (node labels), "degree" (one-hot degrees, free while searching),
             "continuous" or "constant".
         label_shares: how often each node label occurs, one number per feature column, adding up to 1 (each number
             down to 0.001); "one-hot" only. Start graphs and random pools draw labels by it; None: all equally often.
             With ``relabel=0`` the search keeps to it, which helped students of GCN teachers without BatchNorm and
             none of GIN's (docs/research.md).
+        hub_share: chance that a node of a start graph joins the graph's first node, as replies join a thread.
+        size_spread: 0 for node counts uniform on the range. Above 0 they are lognormal with this standard deviation, as
+            a share of their mean (min_nodes + max_nodes) / 2, and may lie outside the range.
+        degree_growth: the mean degree of a graph grows with its number of nodes to this power; 0 in molecules, 1 where
+            every pair is equally likely, as in networks of collaborators.
 
     Raises:
         InputError: an empty or non-positive node range, a mean degree that is not above 0, an unknown kind, shares that
@@ -52,11 +52,11 @@ class GraphPrior:
     min_nodes: int = 10
     max_nodes: int = 29
     mean_degree: float | None = None
+    feature_kind: str = "one-hot"
+    label_shares: tuple[float, ...] | None = None
     hub_share: float | None = None
     size_spread: float | None = 0.0
     degree_growth: float | None = None
-    feature_kind: str = "one-hot"
-    label_shares: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         nodes = (self.min_nodes, self.max_nodes)
