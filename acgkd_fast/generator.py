@@ -27,7 +27,8 @@ class Generator(nn.Module):
 
     Args:
         num_features: width F of the node features.
-        prior: node counts, mean degree at the start, and kind of features.
+        prior: node counts, mean degree at the start, and kind of features; hubs and growing degrees are not for a
+            network that learns where its edges are.
         batch_size: graphs per call without z; graph i of any batch has ``sizes[i % batch_size]`` nodes.
         num_classes: make the generator conditional: labels are embedded and added to z, and batches carry them.
         nz: width of z.

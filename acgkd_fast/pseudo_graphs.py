@@ -19,6 +19,8 @@ FEATURE_KINDS = ("one-hot", "continuous", "degree", "constant")
 # Start of a learnable edge: present in nine draws of ten.
 _PRESENT = 0.9
 _UNKNOWN_DEGREE = 2.05
+# Of lognormal sizes; beyond it their largest leave all bounds.
+MOST_SPREAD = 10.0
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,11 @@ class GraphPrior:
     Attributes:
         min_nodes, max_nodes: node counts are uniform on this range (GFKD uses 10..29). Where only the mean is known,
             see :meth:`around`.
-        mean_degree: expected number of partners per node. Density is what neither learning nor
-            refinement repairs by itself, so state it if you know it. None: unknown; a run then looks for it, and for
-            whatever else of the shape is None (:func:`~acgkd_fast.distill.prior_search.find_prior`). Everything else
-            takes `expected_degree`, and 0 for the rest.
+        mean_degree: expected number of partners per node, or several that the graphs have in turn. Density is what
+            neither learning nor refinement repairs by itself, so state it if you know it. None: unknown; a run then
+            looks for it, and for whatever else of the shape is None
+            (:func:`~acgkd_fast.distill.prior_search.find_prior`). Everything else takes `expected_degree`, and 0 for
+            the rest.
         feature_kind: "one-hot" (node labels), "degree" (one-hot degrees, free while searching),
             "continuous" or "constant".
         label_shares: how often each node label occurs, one number per feature column, adding up to 1 (each number
@@ -51,7 +54,7 @@ class GraphPrior:
 
     min_nodes: int = 10
     max_nodes: int = 29
-    mean_degree: float | None = None
+    mean_degree: float | tuple[float, ...] | None = None
     feature_kind: str = "one-hot"
     label_shares: tuple[float, ...] | None = None
     hub_share: float | None = None
@@ -62,8 +65,12 @@ class GraphPrior:
         nodes = (self.min_nodes, self.max_nodes)
         check(2 <= self.min_nodes <= self.max_nodes, "min_nodes, max_nodes", "2 <= min_nodes <= max_nodes", nodes)
         degree = self.mean_degree
-        check(degree is None or degree > 0.0, "mean_degree", "None or a number above 0", degree)
-        for name, most in (("hub_share", 1.0), ("size_spread", 10.0), ("degree_growth", 2.0)):
+        if isinstance(degree, (tuple, list)):
+            # JSON knows lists alone.
+            object.__setattr__(self, "mean_degree", tuple(degree))
+        some = self.degrees != () and all(is_number(d) and 0.0 < d < float("inf") for d in self.degrees)
+        check(degree is None or some, "mean_degree", "None, a number above 0 or several", degree)
+        for name, most in (("hub_share", 1.0), ("size_spread", MOST_SPREAD), ("degree_growth", 2.0)):
             value = getattr(self, name)
             known = value is None or (is_number(value) and 0.0 <= value <= most)
             check(known, name, f"None or a number in [0, {most:g}]", value)
@@ -91,9 +98,15 @@ class GraphPrior:
         return cls(max(mean_nodes // 2, 2), mean_nodes * 3 // 2, **{"size_spread": None, **known})
 
     @property
+    def degrees(self) -> tuple[float, ...]:
+        """The mean degrees that graphs have in turn, that of a molecule where none is known."""
+        degree = _UNKNOWN_DEGREE if self.mean_degree is None else self.mean_degree
+        return degree if isinstance(degree, tuple) else (degree,)
+
+    @property
     def expected_degree(self) -> float:
-        """The mean degree, that of a molecule where none is known."""
-        return _UNKNOWN_DEGREE if self.mean_degree is None else self.mean_degree
+        """The mean of :attr:`degrees`."""
+        return sum(self.degrees) / len(self.degrees)
 
 
 def edge_logit(probability: torch.Tensor, noise: str) -> torch.Tensor:

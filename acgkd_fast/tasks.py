@@ -103,6 +103,9 @@ def distill_file(
     config = RunConfig() if config_file is None else RunConfig.from_file(config_file)
     if config_file is None and metadata.get("feature_kind"):
         changes = {"prior.feature_kind": metadata["feature_kind"], **changes}
+    if config.prior.size_spread and changes.get("prior.size_spread", 0.0) is None:
+        # A mean number of nodes leaves the spread open, unless the file states it.
+        changes = {name: value for name, value in changes.items() if name != "prior.size_spread"}
     config = config.with_settings(changes)
     evaluation = None
     if eval_dataset is not None:

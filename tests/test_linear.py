@@ -10,6 +10,7 @@ from helpers import OPCHECKED, kernels, normal, opcheck, reference_kernels  # no
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import acgkd_fast as af
 from acgkd_fast import InputError, _library, build_info
 from acgkd_fast.linear import frozen_linear
 from acgkd_fast.nn import linear as layers
@@ -120,7 +121,7 @@ OPCHECKED |= {"frozen_linear"}
 
 
 def test_gradcheck_of_the_formula():
-    x, weight, bias = case(5, 3, 4, torch.float64)
+    x, weight, bias = case(3, 16, 32, torch.float64)
     with reference_kernels():
         assert torch.autograd.gradcheck(lambda x: frozen_linear(x, weight, bias), (x.requires_grad_(),))
 
@@ -129,6 +130,8 @@ def test_what_learns_is_refused():
     x, weight, bias = case(5, 16, 16)
     with pytest.raises(InputError, match="weight: expected a tensor that does not require a gradient"):
         frozen_linear(x, weight.requires_grad_(), bias)
+    with pytest.raises(InputError, match="weight: expected widths in multiples of 16, got "):
+        frozen_linear(x[:, :5].contiguous(), weight.detach()[:, :5].contiguous(), bias)
     with pytest.raises(InputError, match="bias: expected a tensor that does not require a gradient"):
         frozen_linear(x, weight.detach(), bias.requires_grad_())
 
@@ -151,6 +154,36 @@ def test_the_layer_takes_the_operator_where_it_pays(monkeypatch):
         (x.t().contiguous().t(), weight, bias),
         (x, weight.t().contiguous().t(), bias),
         (x.view(2, 256, 64), weight, bias),
+        (x, weight, bias.repeat_interleave(2)[::2]),
+        (x, weight, bias[:1]),
     ):
         torch.testing.assert_close(linear(*others), torch.nn.functional.linear(*others))
     assert len(calls) == 1
+    teacher = af.nn.GCNConv(64, 64).requires_grad_(False)
+    teacher(x, torch.arange(512).repeat(2, 1))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("rows", [100, 600])
+def test_transformed_calls_are_torchs(rows):
+    x, weight, bias = case(rows, 16, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, bias).dtype == torch.bfloat16
+    _, tangent = torch.func.jvp(lambda x: linear(x, weight, bias), (x,), (x,))
+    torch.testing.assert_close(tangent, x @ weight.t())
+    grad = torch.func.grad(lambda x: linear(x, weight, bias).sum())(x)
+    torch.testing.assert_close(grad, weight.sum(0).expand(rows, 16))
+    with torch.autograd.forward_ad.dual_level():
+        dual = linear(torch.autograd.forward_ad.make_dual(x, x), weight, bias)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, x @ weight.t())
+
+
+def test_frozen_layers_compile_as_one_graph_at_any_size():
+    torch._dynamo.reset()
+    layer = af.nn.GCNConv(32, 32).requires_grad_(False)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(lambda x, w, b: linear(x, w, b), fullgraph=True, backend=counter, dynamic=True)
+    for rows in (100, 200, 600, 2000):
+        x = normal((rows, 32), 1, torch.float32).requires_grad_()
+        torch.testing.assert_close(compiled(x, layer.lin.weight, layer.bias), linear(x, layer.lin.weight, layer.bias))
+    assert counter.frame_count == 1

@@ -48,6 +48,11 @@ def test_the_sparsest_of_those_that_came_near():
     near = [trial.mean_degree for trial in found.tried if trial.k <= 2.0 * best.k]
     assert best.k < 0.05 and len(near) > 1 and best.mean_degree != near[0]
     assert round(found.prior.mean_degree, 2) == near[0]
+    assert [round(degree, 2) for degree in found.alike] == near
+    # A prior may state them all.
+    mixed = af.start_graphs(calibrated("gcn3-32", 3.0), replace(PRIOR, mean_degree=(2.05, 6.0)), 40, seed=1)
+    degrees = mixed.edges.rowptr.long()[mixed.ptr].diff() / mixed.sizes
+    assert degrees[::2].mean() < 2.3 and degrees[1::2].mean() > 5.0
 
 
 def test_the_least_k_where_nothing_came_near():
@@ -168,6 +173,24 @@ def test_repeats_and_leaves_the_teacher_alone():
     first = find_prior(teacher, PRIOR, num_graphs=8, steps=10, seed=3)
     assert find_prior(teacher, PRIOR, num_graphs=8, steps=10, seed=3) == first
     assert all(torch.equal(value, before[name]) for name, value in teacher.module.state_dict().items())
+
+
+def test_trials_of_other_arguments_are_refused():
+    teacher = calibrated("gcn3-32", 4.0)
+    first = find_prior(teacher, PRIOR, num_graphs=8, steps=10).tried[0]
+    with pytest.raises(InputError, match="tried: expected trial 1 of an earlier call with the same arguments"):
+        find_prior(teacher, PRIOR, num_graphs=8, steps=10, tried=[replace(first, mean_degree=9.9)])
+
+
+def test_a_trial_without_a_finite_k_is_passed_over():
+    teacher, nan = calibrated("gcn3-32", 4.0), float("nan")
+    whole = find_prior(teacher, PRIOR, num_graphs=8, steps=10)
+    others = whole.tried[1:]
+    found = find_prior(teacher, PRIOR, num_graphs=8, steps=10, tried=[replace(whole.tried[0], k=nan), *others])
+    assert round(found.prior.mean_degree, 2) == min(others, key=lambda trial: trial.k).mean_degree or found.alike
+    assert round(found.prior.mean_degree, 2) != whole.tried[0].mean_degree
+    with pytest.raises(InputError, match="teacher: expected statistics and weights that give a finite K"):
+        find_prior(teacher, PRIOR, num_graphs=8, steps=10, tried=[replace(trial, k=nan) for trial in whole.tried])
 
 
 @pytest.mark.parametrize("name", ["num_graphs", "steps"])

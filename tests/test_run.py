@@ -131,7 +131,9 @@ def test_the_same_seed_gives_the_same_files(tmp_path):
     assert (tmp_path / "a" / product).read_bytes() != (tmp_path / "c" / product).read_bytes()
 
 
-@pytest.mark.parametrize(("stage", "at"), [("learn", 10), ("refine", 50), ("student-0", 3), ("student-1", 2)])
+@pytest.mark.parametrize(
+    ("stage", "at"), [("prior", 2), ("learn", 10), ("refine", 50), ("student-0", 3), ("student-1", 2)]
+)
 def test_interrupted_and_resumed_run_has_the_same_files(tmp_path, monkeypatch, stage, at):
     monkeypatch.setattr("acgkd_fast.distill.run._SAVE_SECONDS", 0.0)
     config = make_config(**{"learn.steps": 20, "refine.steps": 100})
@@ -324,6 +326,17 @@ def test_what_the_command_line_says_of_the_graphs(tmp_path, teacher_file):
     assert result.exit_code == 0, result.output
     text = (tmp_path / "other" / "metrics.jsonl").read_text()
     assert not any(line["stage"] == "prior" and "k" in line for line in map(json.loads, text.splitlines()))
+
+
+def test_a_spread_in_the_file_stays_where_the_mean_is_given(tmp_path, teacher_file):
+    small = ("--num-graphs", 8, "--refine-steps", 5, "--epochs", 1, "--mean-nodes", 8, "--mean-degree", 3)
+    for stated, wanted in ((0.5, 0.5), (0.0, None)):
+        settings = tmp_path / "settings.json"
+        settings.write_text(json.dumps({"prior": {"size_spread": stated, "hub_share": 0.0}, "prior_steps": 5}))
+        out = tmp_path / f"run{stated}"
+        result = invoke("distill", "--teacher", teacher_file, "--out", out, "--config", settings, *small)
+        assert result.exit_code == 0, result.output
+        assert json.loads((out / "config.json").read_text())["settings"]["prior"]["size_spread"] == wanted
 
 
 def test_bad_command_lines(tmp_path, teacher_file):

@@ -130,6 +130,9 @@ def test_a_prior_says_sizes_and_degrees():
     degrees = prior_degrees(around, sizes.long().tolist())
     assert (degrees * sizes).sum() / sizes.sum() == pytest.approx(6.0)
     assert torch.allclose(degrees / sizes, (degrees / sizes)[:1].expand(500))
+    in_turn = prior_degrees(GraphPrior(mean_degree=(2.0, 5.0)), [9, 9, 9])
+    assert in_turn.tolist() == pytest.approx([2.0, 5.0, 2.0])
+    assert GraphPrior(mean_degree=[2.0, 5.0]).expected_degree == 3.5
     flat = prior_degrees(GraphPrior(mean_degree=3.0), [5, 9])
     assert flat.tolist() == pytest.approx([3.0, 3.0])
     assert set(prior_sizes(GraphPrior(10, 12, size_spread=None), 200, seed=0)) == {10, 11, 12}
@@ -148,6 +151,15 @@ def test_pools_follow_the_prior():
     hubs = start_graphs(teacher, GraphPrior(30, 30, mean_degree=2.05, hub_share=0.6), 50, seed=1)
     plain = start_graphs(teacher, GraphPrior(30, 30, mean_degree=2.05), 50, seed=1)
     assert hubs.edges.rowptr.diff().max() > 1.3 * plain.edges.rowptr.diff().max()
+
+
+@pytest.mark.parametrize("spread", [0.5, 1.0])
+@pytest.mark.parametrize("mean", [20, 200])
+def test_trees_among_growing_degrees_leave_the_mean_as_it_was(mean, spread):
+    teacher = as_teacher(build_model("gcn3-8", 4, 2))
+    prior = GraphPrior.around(mean, mean_degree=2.1, size_spread=spread, degree_growth=1.0)
+    pool = start_graphs(teacher, prior, 300, seed=1)
+    assert pool.edges.num_edges / pool.num_nodes == pytest.approx(2.1, abs=0.05)
 
 
 def test_graphs_do_not_depend_on_their_batch():
@@ -248,6 +260,12 @@ def test_graph_uniforms_come_from_the_documented_words():
         (lambda: random_trees([3, 0], seed=0), "sizes: expected at least 1 node"),
         (lambda: random_trees([3], extra_edges=-0.1, seed=0), "extra_edges: expected"),
         (lambda: random_trees([3], extra_edges=torch.ones(2), seed=0), "extra_edges: expected"),
+        (lambda: random_trees([3], extra_edges=torch.ones(1, 1), seed=0), "extra_edges: expected"),
+        (lambda: random_trees([3], extra_edges=float("inf"), seed=0), "extra_edges: expected a finite number"),
+        (lambda: random_trees([3], extra_edges="x", seed=0), "extra_edges: expected a finite number"),
+        (lambda: sample_sizes((1, 4), 1, seed=0, spread=float("inf")), "spread: expected"),
+        (lambda: GraphPrior(mean_degree=()), "mean_degree: expected None, a number above 0 or several"),
+        (lambda: GraphPrior(mean_degree=(2.0, 0.0)), "mean_degree: expected None, a number above 0 or several"),
         (lambda: random_trees([3], hub_share=1.5, seed=0), "hub_share: expected a share in"),
         (lambda: random_graphs([3], torch.ones(2), seed=0), "mean_degree: expected"),
         (lambda: sample_sizes((1, 4), 1, seed=0, spread=-0.1), "spread: expected"),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..errors import check
 from ..graphs import EdgeSample, GraphBatch
 from ..pseudo_graphs import GraphPrior
 from ..teachers import Teacher
 from .starts import balanced_labels, prior_degrees, prior_sizes, random_features, random_graphs, random_trees
+
+_HALVINGS = 50
 
 
 def start_graphs(teacher: Teacher, prior: GraphPrior, num_graphs: int, *, seed: int = 0) -> GraphBatch:
@@ -23,10 +27,24 @@ def start_graphs(teacher: Teacher, prior: GraphPrior, num_graphs: int, *, seed: 
         tree's).
     """
     sizes = _sizes(prior, num_graphs, seed)
-    # A tree of n nodes has n - 1 edges; what the mean degree asks beyond that closes rings.
-    extra = (prior_degrees(prior, sizes) / 2.0 - 1.0 + len(sizes) / sum(sizes)).clamp(min=0.0)
+    extra = _beyond_trees(prior_degrees(prior, sizes), torch.tensor(sizes, dtype=torch.float64))
     edges = random_trees(sizes, extra_edges=extra, hub_share=prior.hub_share or 0.0, seed=seed)
     return _finish(teacher, prior, edges, seed)
+
+
+def _beyond_trees(degrees: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
+    """Edges per node that close rings, [B]: what mean degrees ask beyond a tree of average size.
+
+    A graph that asks for less than a tree gets a tree; the others then get less, so that the average stays.
+    """
+    tree = 1.0 - len(nodes) / nodes.sum()
+    wanted = ((degrees / 2.0 - tree) * nodes).sum().clamp(min=0.0)
+    low, high = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2.0
+        asked = ((middle * degrees / 2.0 - tree).clamp(min=0.0) * nodes).sum()
+        low, high = (low, middle) if asked > wanted else (middle, high)
+    return (high * degrees / 2.0 - tree).clamp(min=0.0)
 
 
 def random_pool(teacher: Teacher, prior: GraphPrior, num_graphs: int, *, seed: int = 0) -> GraphBatch:

@@ -3,6 +3,7 @@ search comes closest to K = 0, and, if the features are degrees, what the labels
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -54,6 +55,9 @@ class FoundPrior:
 
     Attributes:
         prior: the prior that was given, with nothing left unknown.
+        alike: mean degrees of the plain shape that K does not tell from the best, from sparse to dense; empty where a
+            mean degree was stated. Graphs of all of them (``dataclasses.replace(prior, mean_degree=alike)``) can teach
+            a student better that sees degrees where its teacher does not (docs/research.md).
         tried: all trials in their order; empty where nothing was tried.
         label_degree: median of the labels after a longer search, where labels are degrees; None where they are not,
             or where K stayed so high that they mean little.
@@ -61,6 +65,7 @@ class FoundPrior:
 
     prior: GraphPrior
     tried: tuple[Trial, ...] = ()
+    alike: tuple[float, ...] = ()
     label_degree: float | None = None
 
 
@@ -93,7 +98,8 @@ def find_prior(
         num_graphs, steps: of each search; the one for labels takes three times as many steps. With the defaults all of
             them together cost about a third of a search for 400 graphs.
         seed: of starts and searches.
-        tried: trials of an earlier call that was cut off, which are not run again.
+        tried: trials of an earlier call with the same arguments that was cut off, which are not run again; the search
+            for labels is.
         progress: called after every trial with its number, how many there are at most, and the trial's fields.
 
     Returns:
@@ -101,7 +107,7 @@ def find_prior(
         of 2.05 is assumed, and 0 for all else.
 
     Raises:
-        InputError: num_graphs or steps below 1.
+        InputError: num_graphs or steps below 1, trials of other arguments, or a teacher whose K is never finite.
 
     Warns:
         RuntimeWarning: neither a stated mean degree nor BatchNorm.
@@ -130,25 +136,28 @@ def find_prior(
         return FoundPrior(plain)
     trials = _Trials(teacher, num_graphs, steps, seed, tried, progress, len(degrees) + len(shapes))
 
-    found, label_degree = plain, None
+    found, label_degree, alike = plain, None, []
     if prior.mean_degree is None:
-        found = _plainest(trials.sparse_to_dense(plain, degrees))
+        alike = _nearest(trials.sparse_to_dense(plain, degrees))
+        found = alike[0]
         label_degree = trials.label_degree(found)
         if label_degree is not None:
             found = replace(found, mean_degree=max(found.expected_degree, min(label_degree, most)))
     if len(shapes) > 1:
-        found = _plainest([trials.of(replace(found, **shape)) for shape in shapes])
-    return FoundPrior(found, tuple(trials.done), label_degree)
+        found = _nearest([trials.of(replace(found, **shape)) for shape in shapes])[0]
+    return FoundPrior(found, tuple(trials.done), tuple(one.expected_degree for one in alike), label_degree)
 
 
 _Scored = tuple[GraphPrior, float]
 
 
-def _plainest(scored: Sequence[_Scored]) -> GraphPrior:
-    """The prior of least K, or, where that is near 0, the first that comes about as near."""
-    least = min(k for _, k in scored)
+def _nearest(scored: Sequence[_Scored]) -> list[GraphPrior]:
+    """The prior of least K, or, where that is near 0, all that come about as near."""
+    finite = [k for _, k in scored if math.isfinite(k)]
+    check(bool(finite), "teacher", "statistics and weights that give a finite K", [k for _, k in scored])
+    least = min(finite)
     near = _TIE * least if least <= K_WARNING else least
-    return next(prior for prior, k in scored if k <= near)
+    return [prior for prior, k in scored if k <= near]
 
 
 class _Trials:
@@ -177,8 +186,11 @@ class _Trials:
                 return prior, trial.k
         number = len(self.done)
         if number < len(self._earlier):
-            self.done.append(self._earlier[number])
-            return prior, self.done[-1].k
+            earlier = self._earlier[number]
+            same = all(getattr(earlier, name) == value for name, value in kind.items())
+            check(same, "tried", f"trial {number + 1} of an earlier call with the same arguments ({kind})", earlier)
+            self.done.append(earlier)
+            return prior, earlier.k
         k = self._search(prior, self.steps).k
         assert k is not None
         self.done.append(Trial(**kind, k=k))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from ..errors import InputError, check, check_choice, is_number
 from ..graphs import EdgeSample
 from ..layout import PairLayout
 from ..philox import Stream, graph_uniforms
-from ..pseudo_graphs import FEATURE_KINDS, GraphPrior
+from ..pseudo_graphs import FEATURE_KINDS, MOST_SPREAD, GraphPrior
 
 # Parents are drawn in proportion to degree and accepted with chance degree^(attachment - 1); about
 # two draws in three pass, so that sixteen failures in a row (the last draw then stands) are one in 10^7.
@@ -49,14 +50,15 @@ def sample_sizes(prior: tuple[int, int], count: int, seed: int, *, spread: float
         seed: of a generator of its own.
         spread: 0 for uniform on low..high. Above 0 the counts are lognormal and may leave the range: of mean
             (low + high) / 2 and with this standard deviation as a share of it, 3 nodes or more. They are the quantiles
-            at (i + 1/2) / count in random order, so that a small batch has its large graphs too.
+            at (i + 1/2) / count in random order, so that a small batch has its large graphs too; few of them fall short
+            of mean and deviation, the more the wider they spread.
 
     Raises:
         InputError: an empty range, sizes below 1, a negative count or spread.
     """
     check(len(prior) == 2 and 1 <= prior[0] <= prior[1], "prior", "(low, high) with 1 <= low <= high", prior)
     check(count >= 0, "count", "a number of graphs", count)
-    check(is_number(spread) and spread >= 0.0, "spread", "a number, 0 or more", spread)
+    check(is_number(spread) and 0.0 <= spread <= MOST_SPREAD, "spread", f"a number in [0, {MOST_SPREAD:g}]", spread)
     generator = _generator(seed)
     if spread == 0.0:
         return tuple(torch.randint(prior[0], prior[1] + 1, (count,), generator=generator).tolist())
@@ -73,10 +75,11 @@ def prior_sizes(prior: GraphPrior, count: int, seed: int) -> tuple[int, ...]:
 
 
 def prior_degrees(prior: GraphPrior, sizes: Sequence[int]) -> torch.Tensor:
-    """Mean degree of graphs of these sizes, float64 [B]; the prior's on the average over all nodes."""
+    """Mean degree of graphs of these sizes, float64 [B]: the prior's in turn, on the average over all nodes."""
     nodes = torch.tensor(sizes, dtype=torch.float64)
     growth = nodes ** (prior.degree_growth or 0.0)
-    return growth * (prior.expected_degree * nodes.sum() / (nodes * growth).sum())
+    degrees = torch.tensor(prior.degrees, dtype=torch.float64)[torch.arange(len(sizes)) % len(prior.degrees)]
+    return growth * (degrees * (nodes.sum() / (nodes * growth).sum()))
 
 
 def balanced_labels(count: int, num_classes: int, seed: int) -> torch.Tensor:
@@ -104,7 +107,8 @@ def random_trees(
 
     Node t joins an earlier node: with chance `hub_share` the graph's first, else one that is chosen with weight
     degree^attachment. Then `extra_edges` * n edges, rounded at random, close a ring of 3, 4, 5 or 6 nodes or join any
-    pair, each kind being as likely as the others, which gives a mean degree of about 2 (1 + extra_edges) - 2 / n.
+    pair, each kind being as likely as the others where the graph has room for it (a star has none but triangles),
+    which gives a mean degree of about 2 (1 + extra_edges) - 2 / n.
 
     Args:
         sizes: nodes of each graph, each at least 1.
@@ -122,9 +126,7 @@ def random_trees(
     Raises:
         InputError: an argument outside its range, naming it.
     """
-    extra = torch.as_tensor(extra_edges, dtype=torch.float64)
-    some = extra.numel() == 1 or extra.shape == (len(sizes),)
-    check(some and bool((extra >= 0.0).all()), "extra_edges", "a number of edges per node, 0 or more", extra_edges)
+    extra = _per_graph("extra_edges", extra_edges, len(sizes), "edges per node")
     check(0.0 <= attachment <= 1.0, "attachment", "an exponent in [0, 1]", attachment)
     check(is_number(hub_share) and 0.0 <= hub_share <= 1.0, "hub_share", "a share in [0, 1]", hub_share)
     layout = PairLayout.complete(sizes, graph_ids=graph_ids)
@@ -135,7 +137,8 @@ def random_trees(
     grown = EdgeSample.from_edge_index(torch.cat([pairs, pairs.flip(0)], 1), ptr, symmetric=True)
     n = ptr[1:] - ptr[:-1]
     rounding = graph_uniforms(ids, torch.zeros((), dtype=torch.int64), 1, stream=Stream.INIT, seed=seed).squeeze(-1)
-    wanted = (extra * n + rounding).long().minimum((n - 1) * (n - 2) // 2)
+    room = (n - 1) * (n - 2) // 2
+    wanted = (extra * n + rounding).minimum(room).long()
     for number in range(_ROUNDS):
         # Not before all graphs are done: what one of them gets may not depend on the others.
         if not wanted.any():
@@ -201,7 +204,8 @@ def _close_rings(grown: EdgeSample, ids: torch.Tensor, wanted: torch.Tensor, see
 def _walk(grown: EdgeSample, keys: torch.Tensor, graph: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Keys low * num_nodes + high of pairs not among `keys`, at most one per graph listed, whose walks follow u."""
     kind, start, *walk = u.view(-1, _RING_DRAWS, _RING_LANES).unbind(-1)
-    # One kind for all tries of a slot: drawn anew, the long walks that fail more often would turn into short ones.
+    # One kind for all tries of a round: drawn anew, the long walks that fail more often would turn into short ones.
+    # What fails sixteen times has no room here and becomes another kind in the next round.
     kind = kind[:, :1]
 
     first, n = grown.ptr[graph][:, None], (grown.ptr[graph + 1] - grown.ptr[graph])[:, None]
@@ -256,15 +260,23 @@ def random_graphs(
     Raises:
         InputError: a negative mean degree, or bad sizes or ids.
     """
-    degree = torch.as_tensor(mean_degree, dtype=torch.float64)
-    some = degree.numel() == 1 or degree.shape == (len(sizes),)
-    check(some and bool((degree >= 0.0).all()), "mean_degree", "a number of partners, 0 or more", mean_degree)
+    degree = _per_graph("mean_degree", mean_degree, len(sizes), "partners")
     layout = PairLayout.complete(sizes, graph_ids=graph_ids, device=device)
     n = layout.node_ptr[1:] - layout.node_ptr[:-1]
     logit = torch.logit((degree.to(n.device) / (n - 1).clamp(min=1)).clamp(max=1.0).float())
     pairs = layout.pair_ptr[1:] - layout.pair_ptr[:-1]
     drawn = sample_edges(logit.repeat_interleave(pairs, output_size=layout.num_pairs), layout, seed=seed)
     return EdgeSample(drawn.rowptr, drawn.col, drawn.value, drawn.ptr, symmetric=True)
+
+
+def _per_graph(name: str, given: Any, count: int, what: str) -> torch.Tensor:
+    """One number or one for each graph, on the CPU."""
+    tensor = isinstance(given, torch.Tensor) and given.shape in ((), (count,))
+    expected = f"a finite number of {what}, 0 or more, or a tensor [{count}] of them"
+    check(tensor or is_number(given), name, expected, given)
+    values = torch.as_tensor(given, dtype=torch.float64, device="cpu")
+    check(bool(((values >= 0.0) & (values < torch.inf)).all()), name, expected, given)
+    return values
 
 
 def random_features(

@@ -18,6 +18,8 @@ FROZEN_LINEAR = define(
     reference.frozen_linear,
     lambda x, weight, bias, transposed: x.new_empty(x.shape[0], weight.shape[1 if transposed else 0]),
 )
+# What the kernel takes at a time; the gradient needs it of the inputs too.
+_COLUMNS = 16
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -48,11 +50,13 @@ def frozen_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
         `x`, once differentiable.
 
     Raises:
-        InputError: a weight or bias that asks for a gradient.
+        InputError: a weight or bias that asks for a gradient, or a width that is no multiple of 16.
         RuntimeError: other forms or dtypes, from the native kernel.
     """
     for name, tensor in (("weight", weight), ("bias", bias)):
         frozen = tensor is None or not tensor.requires_grad
         check(frozen, name, "a tensor that does not require a gradient", tensor)
+    widths = tuple(weight.shape)
+    check(all(width % _COLUMNS == 0 for width in widths), "weight", f"widths in multiples of {_COLUMNS}", widths)
     out: torch.Tensor = torch.ops.acgkd_fast.frozen_linear(x, weight, bias, False)
     return out

@@ -128,11 +128,26 @@ def _built() -> bool:
     return backend("frozen_linear", "cpu") == "native"
 
 
-def _many_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def is_transformed(x: torch.Tensor) -> bool:
+    """Whether the call is being compiled, traced, autocast or differentiated by torch.func or forward mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch.is_autocast_enabled(x.device.type)
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _pays(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether the operator takes these and pays for its call."""
-    plain = x.is_cpu and x.dim() == 2 and x.is_contiguous() and weight.is_contiguous()
-    fits = plain and x.dtype == weight.dtype == torch.float32 and x.shape[0] >= _ROWS
-    return fits and weight.shape[0] in _WIDTHS and weight.shape[1] in _WIDTHS
+    # First of all: shapes that are compared while compiling cost a compilation each.
+    if is_transformed(x) or not (x.is_cpu and x.layout == torch.strided and x.dim() == 2 and len(x) >= _ROWS):
+        return False
+    given = [x, weight] if bias is None else [x, weight, bias]
+    fits = all(t.is_contiguous() and t.dtype == torch.float32 for t in given)
+    fits = fits and (bias is None or bias.shape == weight.shape[:1])
+    return fits and weight.shape[0] in _WIDTHS and weight.shape[1] in _WIDTHS and _built()
 
 
 class _NarrowLinear(torch.autograd.Function):
@@ -150,14 +165,15 @@ class _NarrowLinear(torch.autograd.Function):
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``torch.nn.functional.linear``, faster on the CPU for an `x` of [N, F_in] where all else is constant.
 
-    That is every layer of a teacher. Of the first, whose node labels are few, the gradient alone was 4 % of an
-    inversion step; of the others general products take a fifth longer than :func:`~acgkd_fast.linear.frozen_linear`.
+    That is the case in a teacher's GCN and SAGE layers. Of the first, whose node labels are few, the gradient alone
+    was 4 % of an inversion step; for the others general products take a fifth longer than
+    :func:`~acgkd_fast.linear.frozen_linear`, which is for 512 rows and more, first derivatives and plain calls only.
     """
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not learns and _many_rows(x, weight) and _built():
+    if not learns and _pays(x, weight, bias):
         return frozen_linear(x, weight, bias)
     narrow = x.dim() == 2 and weight.shape[1] in _NARROW
-    if x.requires_grad and not learns and x.is_cpu and narrow:
+    if x.requires_grad and not learns and x.is_cpu and narrow and not is_transformed(x):
         out: torch.Tensor = _NarrowLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return out
     return functional.linear(x, weight, bias)

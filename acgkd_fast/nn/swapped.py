@@ -15,7 +15,7 @@ from .adjacency import DTYPES, offsets
 from .gat_conv import attend
 from .gcn_conv import convolve
 from .gin_conv import sum_of_rectified, sum_with_self
-from .linear import know_linear
+from .linear import is_transformed, know_linear
 from .messages import Nodes, Size
 from .sage_conv import LINEAR_AGGREGATIONS, sample_and_aggregate
 
@@ -126,7 +126,7 @@ class _Pool(Swapped):
         dim: int = -2,
     ) -> torch.Tensor:
         plain = index is not None and ptr is None and dim_size is not None and dim in (-2, 0)
-        if plain and _is_matrix(x) and not _is_transformed(x):
+        if plain and _is_matrix(x) and not is_transformed(x):
             assert index is not None and dim_size is not None
             found = offsets(index, dim_size) if index.dim() == 1 and index.numel() == len(x) else None
             if found is not None:
@@ -187,7 +187,7 @@ def _serves(layer: Any, x: Any, edges: Any, edge_weight: torch.Tensor | None = N
         return False
     if edge_weight is not None and not (_is_plain(edge_weight) and edge_weight.shape == edges.shape[1:]):
         return False
-    return not _is_watched(layer) and not _is_transformed(features[0])
+    return not _is_watched(layer) and not is_transformed(features[0])
 
 
 def _is_plain(x: Any) -> bool:
@@ -202,13 +202,3 @@ def _is_matrix(x: Any) -> bool:
 def _is_watched(layer: Any) -> bool:
     """Whether an explainer or a hook wants to see messages, which our operators do not make."""
     return bool(layer.explain) or layer.decomposed_layers != 1 or any(getattr(layer, name, None) for name in _HOOKS)
-
-
-def _is_transformed(x: torch.Tensor) -> bool:
-    """Whether the call is being compiled, traced, autocast or differentiated by torch.func."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch.is_autocast_enabled(x.device.type)
-        or torch._C._are_functorch_transforms_active()
-    )
