@@ -150,7 +150,7 @@ def find_prior(
             found = replace(found, mean_degree=max(found.expected_degree, min(label_degree, most)))
     if len(shapes) > 1:
         found = _nearest([trials.of(replace(found, **shape)) for shape in shapes])[0]
-    if prior.mean_degree is None and label_degree is None and found.size_spread:
+    if prior.mean_degree is None and found.size_spread:
         found = trials.denser(found)
     return FoundPrior(found, tuple(trials.done), tuple(one.expected_degree for one in alike), label_degree)
 
