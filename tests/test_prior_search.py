@@ -153,6 +153,13 @@ def test_what_is_stated_stays():
     assert (found.prior.mean_degree, found.prior.hub_share, found.prior.size_spread) == (3.0, 0.25, 0.0)
 
 
+def test_several_stated_degrees_stay():
+    prior = af.GraphPrior(14, 20, mean_degree=(2.05, 4.0), feature_kind="one-hot")
+    found = find_prior(calibrated("gin3-32", 3.0), prior, num_graphs=8, steps=5)
+    assert found.prior.mean_degree == (2.05, 4.0) and found.alike == () and len(found.tried) == 3
+    assert find_prior(calibrated("gin3-32", 3.0), found.prior) == FoundPrior(found.prior)
+
+
 def test_shapes_are_compared_at_the_density_found():
     found = find_prior(calibrated("gin3-32", 8.0), af.GraphPrior.around(17, feature_kind="one-hot"), steps=60)
     last = found.tried[-1]

@@ -121,7 +121,8 @@ def find_prior(
     check(is_integer(steps) and steps >= 1, "steps", "at least 1", steps)
     teacher = as_teacher(teacher)
     stated = {name: getattr(prior, name) for name in _SHAPES[0] if getattr(prior, name) is not None}
-    plain = replace(prior, mean_degree=prior.expected_degree, **{**_SHAPES[0], **stated})
+    degree = prior.expected_degree if prior.mean_degree is None else prior.mean_degree
+    plain = replace(prior, mean_degree=degree, **{**_SHAPES[0], **stated})
     if BatchNormProbe(teacher.module).num_layers == 0:
         if prior.mean_degree is None:
             warn_without_batch_norm(
