@@ -132,7 +132,7 @@ def _prior(rows: Sequence[dict[str, Any]]) -> list[str]:
     body = "".join("<tr>" + "".join(f"<td>{row[name]:.3g}</td>" for name in named) + "</tr>" for row in tried)
     last = [row for row in rows if "k" not in row][-1:]
     chosen = "".join(
-        "<p>Chosen: " + ", ".join(f"{named[name]} {row[name]:.3g}" for name in named if name in row) + ".</p>"
+        "<p>Chosen: " + ", ".join(f"{named[name]} {_figures(row[name])}" for name in named if name in row) + ".</p>"
         for row in last
     )
     chosen += "".join(
@@ -141,6 +141,11 @@ def _prior(rows: Sequence[dict[str, Any]]) -> list[str]:
         if "label_degree" in row
     )
     return [f"<h2>Start graphs tried</h2><table><tr>{head}</tr>{body}</table>{chosen}"]
+
+
+def _figures(value: float | list[float]) -> str:
+    """A number, or several."""
+    return " and ".join(f"{one:.3g}" for one in (value if isinstance(value, list) else [value]))
 
 
 def _sizes(row: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -140,7 +141,7 @@ def test_goes_denser_where_spread_sizes_have_room_and_k_is_far_from_zero():
     assert found.prior.size_spread > 0.0 and found.prior.mean_degree > 15.2
     denser = [trial for trial in found.tried if trial.mean_degree > 15.2]
     assert 1 <= len(denser) <= 4 and all(trial.degree_growth == 1.0 for trial in denser)
-    assert all(after.k < before.k for before, after in zip(denser[:-2], denser[1:-1], strict=True))
+    assert all(after.k < before.k for before, after in itertools.pairwise(denser[:-1]))
     chosen = next(trial for trial in denser if trial.mean_degree == round(found.prior.mean_degree, 2))
     assert chosen is denser[-1] if chosen.k <= 0.05 else chosen.k == min(trial.k for trial in denser)
 

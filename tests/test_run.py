@@ -122,6 +122,14 @@ def test_whole_run(tmp_path, changes):
     assert round(found["mean_degree"], 2) in [line["mean_degree"] for line in tried]
 
 
+def test_a_run_from_several_mean_degrees(tmp_path):
+    Run(tmp_path / "run", make_teacher(), make_config(**{"prior.mean_degree": (2.05, 4.0)})).execute()
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert settings["prior"]["mean_degree"] == [2.05, 4.0]
+    assert RunConfig.from_dict(settings).prior.mean_degree == (2.05, 4.0)
+    assert "mean degree 2.05 and 4, hub share" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_the_same_seed_gives_the_same_files(tmp_path):
     for name in ("a", "b"):
         Run(tmp_path / name, make_teacher(), make_config()).execute()
