@@ -6,18 +6,9 @@ import json
 
 import pytest
 import torch
-from test_run import (
-    DATA,
-    FILES,
-    SMALL,
-    Stop,
-    folder_contents,
-    invoke,
-    make_config,
-    make_evaluation,
-    make_teacher,
-    one_line_error,
-)
+from run_helpers import FILES, folder_contents, make_teacher
+from test_command_line import DATA, SMALL, invoke, one_line_error
+from test_run import Stop, make_config, make_evaluation
 from test_student_reuse import Theirs
 
 from acgkd_fast import checkpoints
