@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import check, is_integer
@@ -17,7 +16,6 @@ from ..teachers import Teacher, as_teacher
 from .pool import start_graphs
 from .refine_settings import RefineResult, RefineSettings
 from .refiner import K_WARNING, Refiner
-from .starts import prior_sizes
 from .statistics import BatchNormProbe, warn_without_batch_norm
 
 # Mean degrees to try, as multiples of a tree's with a few rings, up to this share of complete graphs.
@@ -27,8 +25,6 @@ _FULLEST = 0.8
 _HOPELESS = 10.0
 # A factor between the K of two short searches that says nothing once both have come near.
 _TIE = 2.0
-# Densities beyond those, at most, where sizes spread.
-_MORE = 4
 # Labels settle long after K has told one density from another.
 _LABEL_STEPS = 3
 # From plain to special: molecules, discussion threads, and networks of collaborators of less or more unequal sizes.
@@ -89,8 +85,7 @@ def find_prior(
     that it set out from. First come mean degrees (2.05, 2.9, 4.0 and so on, 1.4 times the last, up to 0.8 of a complete
     graph's or to ten times the least K), then shapes at the density found: plain, half of the nodes joined to a hub,
     and sizes that spread with degrees that grow with them. Of each the one with the least K is taken; where that is
-    below 0.05, the first in this order whose K is at most twice as much. Where K is still above 0.05 and sizes spread,
-    densities that only spread sizes have room for follow.
+    below 0.05, the first in this order whose K is at most twice as much.
 
     A teacher whose layers normalise by degree hides density from K. If its features are one-hot degrees, it still tells
     them: K fixes how often each label occurs, whatever the edges, and the median of a pool's labels is a degree of the
@@ -140,7 +135,7 @@ def find_prior(
         shapes += [s for s in [{**shape, **stated}] if s not in shapes]
     if len(degrees) == len(shapes) == 1:
         return FoundPrior(plain)
-    trials = _Trials(teacher, num_graphs, steps, seed, tried, progress, len(degrees) + len(shapes) + _MORE)
+    trials = _Trials(teacher, num_graphs, steps, seed, tried, progress, len(degrees) + len(shapes))
 
     found, label_degree, alike = plain, None, []
     if prior.mean_degree is None:
@@ -151,8 +146,6 @@ def find_prior(
             found = replace(found, mean_degree=max(found.expected_degree, min(label_degree, most)))
     if len(shapes) > 1:
         found = _nearest([trials.of(replace(found, **shape)) for shape in shapes])[0]
-    if prior.mean_degree is None and found.size_spread:
-        found = trials.denser(found)
     return FoundPrior(found, tuple(trials.done), tuple(one.expected_degree for one in alike), label_degree)
 
 
@@ -213,23 +206,6 @@ class _Trials:
                 break
             scored.append(self.of(replace(prior, mean_degree=degree)))
         return scored
-
-    def denser(self, prior: GraphPrior) -> GraphPrior:
-        """The first of ever denser priors that comes near K = 0, or the last that came nearer.
-
-        Where sizes spread, the large graphs have room for more than those of average size that set the limit before.
-        """
-        sizes = torch.tensor(prior_sizes(prior, self.num_graphs, self.seed), dtype=torch.float64)
-        most = _FULLEST * float((sizes * (sizes - 1.0)).sum() / sizes.sum())
-        k = self.of(prior)[1]
-        for _ in range(_MORE):
-            if k <= K_WARNING or prior.expected_degree * _RATIO > most:
-                break
-            following, next_k = self.of(replace(prior, mean_degree=prior.expected_degree * _RATIO))
-            if not next_k < k:
-                break
-            prior, k = following, next_k
-        return prior
 
     def label_degree(self, prior: GraphPrior) -> float | None:
         if prior.feature_kind != "degree":
