@@ -60,6 +60,7 @@ def record() -> dict[str, Call]:
 
     import acgkd_fast as af
     from acgkd_fast.distill.inversion import Learner, LearnSettings
+    from acgkd_fast.linear import frozen_linear
     from acgkd_fast.normalize import column_moments
     from acgkd_fast.optim import Adam
 
@@ -92,6 +93,8 @@ def record() -> dict[str, Call]:
 
     note("sparse gradient", sparse_step)
     features = torch.randn(320, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rows, weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(0)), torch.ones(64, 64)
+    note("frozen layer", lambda: frozen_linear(rows, weight))
     note("statistics", lambda: torch.stack(column_moments(features)).sum().backward())
     teacher = af.as_teacher(make_teacher(shape))
     start = af.start_graphs(teacher, af.GraphPrior(), 8)

@@ -21,7 +21,7 @@ from acgkd_fast.philox import Stream
 
 STEPS = 6
 LOSSES = {"adv": 0.5, "bn": 0.7, "oh": 1.3}
-LEARN = LearnSettings(steps=STEPS, estimator="relaxed", c_oh=0.0, target_degree=None)
+LEARN = LearnSettings(steps=STEPS, estimator="relaxed", c_oh=0.0, c_degree=0.0)
 
 
 def models():
