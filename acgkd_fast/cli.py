@@ -199,13 +199,12 @@ def distill(
     click.echo(f"student: {out / 'student.safetensors'}, report: {out / 'report.html'}")
 
 
-_SHAPE = ("mean_degree", "hub_share", "size_spread", "degree_growth")
 _SEARCH = ("proposals", "two_hop", "connected", "max_degree", "keep_degrees")
 
 
 def _changes(options: dict[str, Any]) -> dict[str, Any]:
     """Command-line options as dotted settings; None means: not given."""
-    from .pseudo_graphs import GraphPrior
+    from .pseudo_graphs import SHAPE, GraphPrior
 
     low, high = options["nodes"] or (None, None)
     mean, unknown = options["mean_nodes"], {}
@@ -221,7 +220,7 @@ def _changes(options: dict[str, Any]) -> dict[str, Any]:
         "xi": options["xi"],
         "prior.min_nodes": low,
         "prior.max_nodes": high,
-        **{f"prior.{name}": options[name] for name in _SHAPE},
+        **{f"prior.{name}": options[name] for name in SHAPE},
         "prior.feature_kind": options["feature_kind"],
         "learn.steps": options["learn_steps"],
         "refine.steps": options["refine_steps"],

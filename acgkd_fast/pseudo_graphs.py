@@ -16,6 +16,8 @@ from .normalize import softmax_rows
 from .propagate import readout
 
 FEATURE_KINDS = ("one-hot", "continuous", "degree", "constant")
+# Fields of a prior that a run looks for where they are None.
+SHAPE = ("mean_degree", "hub_share", "size_spread", "degree_growth")
 # Start of a learnable edge: present in nine draws of ten.
 _PRESENT = 0.9
 _UNKNOWN_DEGREE = 2.05

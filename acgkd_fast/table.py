@@ -31,7 +31,7 @@ from .distill.student import distill_student, plain_student, pool_agreement, tea
 from .errors import InputError, check
 from .graphs import GraphBatch
 from .nn.models import parse_arch
-from .pseudo_graphs import GraphPrior
+from .pseudo_graphs import SHAPE, GraphPrior
 from .tasks import split_dataset, split_positions
 from .teachers import Teacher, as_teacher, evaluate, train_classifier
 
@@ -76,7 +76,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # What a cell keeps of what the run says about its pool.
-_SHAPE = ("mean_degree", "hub_share", "size_spread", "degree_growth")
 _WITNESS = ("k", "cross_entropy", "agreement", "edges", "mean_degree", "density", "candidates", "peak_memory_mib")
 
 Report = Callable[[str], None]
@@ -276,7 +275,7 @@ class Table:
             "student": task.student,
             "row": row,
             "settings": stamp,
-            "prior": {name: getattr(case.prior, name) for name in _SHAPE},
+            "prior": {name: getattr(case.prior, name) for name in SHAPE},
         }
         start = time.perf_counter()
         if row == "majority class":

@@ -14,7 +14,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +29,7 @@ from ..files import load_state, save_state, write_text
 from ..graphs import GraphBatch
 from ..nn.models import parse_arch
 from ..nn.projected import Classifier
-from ..pseudo_graphs import GraphPrior, PseudoGraphs
+from ..pseudo_graphs import SHAPE, GraphPrior, PseudoGraphs
 from ..report import write_report
 from ..teachers import Teacher, as_teacher, evaluate
 from .captured import stepper
@@ -239,21 +239,20 @@ class Run:
         if config.prior_steps == 0:
             return config.prior
         rows = [row for row in self.metrics.read() if row["stage"] == "prior"]
-        names = [field.name for field in fields(Trial)]
         if not rows or "k" in rows[-1]:
             found = find_prior(
                 self.teacher,
                 config.prior,
                 steps=config.prior_steps,
                 seed=config.seed,
-                tried=[Trial(**{name: row[name] for name in names}) for row in rows],
+                tried=[Trial(**{name: row[name] for name in (*SHAPE, "k")}) for row in rows],
                 progress=lambda step, total, values: self._report("prior", step, total, values),
             )
             labels = {} if found.label_degree is None else {"label_degree": found.label_degree}
-            chosen = {name: getattr(found.prior, name) for name in names if name != "k"}
+            chosen = {name: getattr(found.prior, name) for name in SHAPE}
             rows = [chosen]
             self.metrics.write("prior", len(found.tried) + 1, {**chosen, **labels})
-        return replace(config.prior, **{name: rows[-1][name] for name in names if name != "k"})
+        return replace(config.prior, **{name: rows[-1][name] for name in SHAPE})
 
     def make_graphs(self) -> GraphBatch:
         """Stages one and two: the pseudo-graphs, from ``pseudo_graphs.safetensors`` if already there."""
