@@ -150,13 +150,15 @@ def train_teacher(
 )
 @click.option("--proposals", type=int, help="Search: candidate edits per graph and step, the best of which is tried.")
 @click.option("--two-hop", type=float, help="Search: chance that a new edge closes a triangle.")
-@click.option("--connected/--any-parts", default=None, help="Search: keep connected graphs connected.")
+@click.option("--connected/--any-parts", default=None, help="Search: keep connected graphs connected [default].")
 @click.option("--max-degree", type=int, help="Search: raise no degree above this.")
 @click.option("--keep-degrees/--any-degrees", default=None, help="Search: swap edges, so that all degrees stay.")
 @click.option("--epochs", type=int, help="Epochs of the student.")
-@click.option("--reuse-classifier/--own-classifier", default=None, help="Let the teacher's frozen classifier answer.")
+@click.option(
+    "--reuse-classifier/--own-classifier", default=None, help="Let the teacher's frozen classifier answer [default]."
+)
 @click.option("--projector", help="How a reused classifier is reached: gat, linear or none [default: gat].")
-@click.option("--feature-weight", type=float, help="Factor of feature matching; needs --reuse-classifier.")
+@click.option("--feature-weight", type=float, help="Factor of feature matching, for a reused classifier [default: 1].")
 @click.option(
     "--curriculum", help="Easy graphs first, by teacher_loss, disagreement, edges, nodes or degree [default: none]."
 )

@@ -50,8 +50,8 @@ GROUPS = {
     ],
 }
 _OLD = {"clip_norm": 0.0, "recalibrate": False}
-_GAT = {"reuse_classifier": True, "projector": "gat"}
-_LINEAR = {"reuse_classifier": True, "projector": "linear"}
+_GAT = {"reuse_classifier": True, "projector": "gat", "feature_weight": 0.0}
+_LINEAR = {"reuse_classifier": True, "projector": "linear", "feature_weight": 0.0}
 
 
 def _curriculum(difficulty: str, **options: Any) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def make_pool(teacher: Teacher, prior: GraphPrior, seed: int, file: Path) -> Gra
         start = af.start_graphs(teacher, prior, GRAPHS, seed=seed)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="k. expected at most")
-            result = af.refine(start, teacher, seed=seed, feature_kind=prior.feature_kind)
+            result = af.refine(start, teacher, seed=seed, feature_kind=prior.feature_kind, connected=False)
         save_graphs(file, result.graphs, {"k": result.k, "cross_entropy": result.cross_entropy})
     return load_graphs(file)[0]
 
@@ -155,8 +155,8 @@ def measure(cell: dict[str, Any], data_root: Path, work: Path) -> dict[str, Any]
     file = work / f"{cell['dataset']}-{cell['split']}-{cell['teacher']}-pool{cell['pool']}.safetensors"
     pool = make_pool(teacher, prior, cell["pool"], file)
     row, arch = cell["row"], STUDENT
-    # The study is older than the unit of the loss.
-    settings = StudentSettings(**{"margin": 0.0, **ROWS[row]})
+    # The study is older than the unit of the loss and the reused classifier by default.
+    settings = StudentSettings(**{"margin": 0.0, "reuse_classifier": False, **ROWS[row]})
     if row == "random graphs":
         pool = af.random_pool(teacher, prior, GRAPHS, seed=cell["pool"])
     elif row == "real graphs":

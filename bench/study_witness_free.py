@@ -183,6 +183,8 @@ def search(task: Task, start: GraphBatch, teacher: nn.Module | Teacher | None = 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="teacher. no BatchNorm|k. expected at most")
         kind = task.prior.feature_kind
+        # The study is older than connected graphs by default.
+        options = {"connected": False, **options}
         return af.refine(start, teacher or task.teacher, steps=STEPS, feature_kind=kind, **options).graphs
 
 

@@ -52,7 +52,7 @@ def test_cached_scores_equal_a_forward_pass_from_scratch(kind):
     assert metrics["energy"] == pytest.approx(energy, rel=1e-5, abs=1e-7)
     assert metrics["agreement"] == float((logits.argmax(1) == graphs.y).double().mean())
     fresh = graph_moment_sums(probe.inputs, now.ptr, now.num_nodes)
-    torch.testing.assert_close(refiner._scores.sums, fresh, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(refiner._scores.sums, fresh, rtol=1e-5, atol=3e-5)
     torch.testing.assert_close(refiner._total, refiner._scores.sums.sum(0), rtol=1e-12, atol=1e-9)
     torch.testing.assert_close(refiner._scores.loss, loss.double(), rtol=1e-4, atol=1e-6)
 
@@ -194,7 +194,7 @@ def test_learned_logits_steer_new_edges():
 def test_without_energy_the_metropolis_chain_is_uniform_over_graphs():
     count = 1500
     graphs = make_graphs(sizes=[3] * count, degree=0.0, kind="constant")
-    settings_ = RefineSettings(steps=60, lam_k=0.0, w_ce=0.0, temperature=1.0, share=1.0, rewire=0.3)
+    settings_ = RefineSettings(steps=60, lam_k=0.0, w_ce=0.0, temperature=1.0, share=1.0, rewire=0.3, connected=False)
     refiner = Refiner(make_teacher(), graphs, settings_, seed=11)
     refiner.advance(60)
     lists = EdgeLists.from_edges(refiner.graphs().edges)

@@ -55,8 +55,9 @@ class Stop(Exception):
         {"learn.steps": 15, "refine.steps": 0, "student.redraw": True},
         {"learn.steps": 10, "refine.steps": 60},
         {"refine.steps": 0},
+        {"student.reuse_classifier": False},
     ],
-    ids=["refine", "learn and redraw", "learn then refine", "start graphs alone"],
+    ids=["refine", "learn and redraw", "learn then refine", "start graphs alone", "plain student"],
 )
 def test_whole_run(tmp_path, changes):
     teacher = make_teacher()
@@ -65,7 +66,10 @@ def test_whole_run(tmp_path, changes):
 
     assert folder_contents(tmp_path / "run") == FILES
     rows = {row["row"]: row for row in results}
-    assert set(rows) == {
+    plain = (
+        set() if changes.get("student.reuse_classifier") is False else {"plain gcn3-35 of equal size on pseudo-graphs"}
+    )
+    assert set(rows) == plain | {
         "teacher (made up)",
         "student on pseudo-graphs",
         "same student on random graphs",
@@ -192,8 +196,14 @@ def test_folders_in_use_and_settings_that_differ(tmp_path):
         ({"refine.share": 0.0}, "share"),
         ({"student.temperature": 0.0}, "temperature"),
         ({"student.loss": "l7"}, "loss"),
-        ({"student.kl_weight": 0.0}, "kl_weight, mse_weight, feature_weight: expected one of them above 0"),
-        ({"student.feature_weight": 1.0}, "feature_weight: expected 0 without reuse_classifier"),
+        (
+            {"student.kl_weight": 0.0, "student.feature_weight": 0.0},
+            "kl_weight, mse_weight, feature_weight: expected one of them above 0",
+        ),
+        (
+            {"student.feature_weight": 1.0, "student.reuse_classifier": False},
+            "feature_weight: expected 0 without reuse_classifier",
+        ),
         ({"student.projector": "mlp"}, "projector: expected one of gat, linear, none"),
         ({"student.curriculum.difficulty": "size"}, "difficulty: expected one of"),
         ({"student.curriculum.start_share": 0.0}, "start_share: expected a number in"),

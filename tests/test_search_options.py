@@ -42,16 +42,16 @@ ENGINES = ["generic", pytest.param("native", marks=native_only)]
 LOGITS, RING = drawn_logits(SIZES * 2), drawn_logits(SIZES * 2, 0.5)
 # As for a Refiner; "logits" stands for its edge_weights.
 OPTIONS = {
-    "two-hop": {"two_hop": 0.5},
-    "always two-hop": {"two_hop": 1.0},
-    "swaps": {"keep_degrees": True},
+    "two-hop": {"two_hop": 0.5, "connected": False},
+    "always two-hop": {"two_hop": 1.0, "connected": False},
+    "swaps": {"keep_degrees": True, "connected": False},
     "connected": {"connected": True},
-    "degree": {"max_degree": 2},
+    "degree": {"max_degree": 2, "connected": False},
     "connected swaps": {"keep_degrees": True, "connected": True},
     "limits and two-hop": {"two_hop": 0.7, "connected": True, "max_degree": 3},
-    "logits": {"logits": LOGITS},
-    "logits of a ring": {"logits": RING, "max_degree": 3},
-    "logits, two-hop": {"logits": LOGITS, "two_hop": 0.6},
+    "logits": {"logits": LOGITS, "connected": False},
+    "logits of a ring": {"logits": RING, "max_degree": 3, "connected": False},
+    "logits, two-hop": {"logits": LOGITS, "two_hop": 0.6, "connected": False},
     "logits of a ring, two-hop": {"logits": RING, "two_hop": 1.0, "connected": True},
 }
 
@@ -83,7 +83,7 @@ def test_annealed_searches_stay_together(arch, degree, options):
 
 @native_only
 @pytest.mark.parametrize("proposals", [1, 4])
-@pytest.mark.parametrize("options", [{}, *OPTIONS.values()], ids=["plain", *OPTIONS])
+@pytest.mark.parametrize("options", [{"connected": False}, *OPTIONS.values()], ids=["plain", *OPTIONS])
 @pytest.mark.parametrize("arch", ["gcn4-12", "gin3-8"])
 def test_greedy_searches_stay_together(arch, options, proposals):
     """With features that tell all nodes apart no two edits are equivalent."""
@@ -219,7 +219,7 @@ def test_operator_and_oracle_agree(options, interval):
         mix=mix,
         edge_weights=logits,
         proposals=several,
-        limits=Limits(options.get("connected", False), options.get("max_degree", 0)),
+        limits=Limits(options.get("connected", True), options.get("max_degree", 0)),
         temperature=0.0 if several > 1 else 0.5,
     )
     with reference_kernels() as ran:
@@ -284,12 +284,12 @@ def test_a_run_keeps_to_a_constraint_and_the_commands_options(tmp_path):
     assert few(graphs).sum() > few(plain).sum()
 
     save_model(tmp_path / "teacher.safetensors", make_teacher().module)
-    search = ["--refine-steps", "20", "--proposals", "2", "--connected", "--max-degree", "3", "--two-hop", "0.25"]
+    search = ["--refine-steps", "20", "--proposals", "2", "--any-parts", "--max-degree", "3", "--two-hop", "0.25"]
     options = [*search, "--num-graphs", "8", "--nodes", "5:7", "--epochs", "1", "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="0"):
         main(["distill", "--teacher", str(tmp_path / "teacher.safetensors"), *options])
     settings_ = json.loads((tmp_path / "out/config.json").read_text())["settings"]["refine"]
-    assert settings_["proposals"] == 2 and settings_["connected"] and not settings_["keep_degrees"]
+    assert settings_["proposals"] == 2 and not settings_["connected"] and not settings_["keep_degrees"]
     assert settings_["max_degree"] == 3 and settings_["two_hop"] == 0.25
 
 

@@ -28,7 +28,7 @@ from acgkd_fast.nn import build_model
 from acgkd_fast.teachers import as_teacher, train_classifier
 from acgkd_fast.training import recalibrate_batch_norm
 
-SMALL = StudentSettings(epochs=4, batch_size=8)
+SMALL = StudentSettings(epochs=4, batch_size=8, reuse_classifier=False)
 
 
 @pytest.fixture(scope="module")
@@ -284,9 +284,11 @@ def test_pool_agreement(teacher, pool):
         ({"clip_norm": -1.0}, "clip_norm: expected a number of 0 or more"),
         ({"mse_weight": float("nan")}, "mse_weight"),
         ({"margin": -1.0}, "margin: expected a number of 0 or more"),
-        ({"kl_weight": 0.0}, "one of them above 0"),
+        ({"kl_weight": 0.0, "reuse_classifier": False}, "one of them above 0"),
+        ({"kl_weight": 0.0, "feature_weight": 0.0}, "one of them above 0"),
+        ({"reuse_classifier": 1}, "reuse_classifier: expected None, True or False"),
         ({"feature_level": "edge"}, "feature_level: expected one of"),
-        ({"feature_weight": 1.0}, "feature_weight: expected 0 without reuse_classifier"),
+        ({"feature_weight": 1.0, "reuse_classifier": False}, "feature_weight: expected 0 without reuse_classifier"),
         ({"projector_heads": 0}, "projector_heads"),
         ({"curriculum": "edges"}, "curriculum: expected its settings"),
         (

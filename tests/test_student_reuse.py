@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from test_training import parity_graphs
@@ -18,7 +20,7 @@ from acgkd_fast.distill.projector import (
 from acgkd_fast.distill.student import StudentSettings, distill_student, new_student
 from acgkd_fast.errors import DataError, InputError
 from acgkd_fast.files import load_tensors, save_tensors
-from acgkd_fast.nn import GCNConv, ProjectedClassifier, build_model
+from acgkd_fast.nn import GCNConv, GraphClassifier, ProjectedClassifier, build_model
 from acgkd_fast.propagate import readout
 from acgkd_fast.teachers import as_teacher, evaluate
 
@@ -230,6 +232,31 @@ class Broken(Theirs):
         if self.broken:
             raise RuntimeError("no\nsuch thing")
         return super().node_features(x, edge_index, edge_weight)
+
+
+def test_who_reuses_the_classifier_unless_told(teacher, graphs):
+    quick = StudentSettings(epochs=1)
+    taught = distill_student(teacher, graphs, "gcn3-4", quick)
+    assert isinstance(taught, ProjectedClassifier) and taught.projector.kind == "gat"
+    decided = quick.decided(teacher)
+    assert decided.reuse_classifier and decided.feature_weight == 1.0 and decided.decided(teacher) == decided
+    again = distill_student(teacher, graphs, "gcn3-4", decided)
+    assert all(torch.equal(a, b) for a, b in zip(taught.parameters(), again.parameters(), strict=True))
+
+    # Heads that the student could not hold itself, students that cannot take one, and who does not want it.
+    theirs, adapted = (
+        as_teacher(Theirs(), num_features=3),
+        as_teacher(teacher.module, 3, call=lambda m, g: m(g.x, g.edges)),
+    )
+    for other in (theirs, adapted):
+        assert isinstance(distill_student(other, graphs, "gcn3-4", quick), GraphClassifier)
+    mine = build_model("gcn3-8", 3, 2)
+    assert distill_student(teacher, graphs, mine, quick) is mine
+    plain = dataclasses.replace(quick, reuse_classifier=False)
+    assert isinstance(distill_student(teacher, graphs, "gcn3-4", plain), GraphClassifier)
+    assert plain.decided(teacher).feature_weight == 0.0
+    with pytest.raises(InputError, match="feature_weight: expected 0 without reuse_classifier"):
+        distill_student(theirs, graphs, "gcn3-4", dataclasses.replace(quick, feature_weight=0.5))
 
 
 def test_teachers_that_cannot_be_taken_apart(teacher, graphs):

@@ -40,6 +40,11 @@ class TeacherParts:
     head_parameters: int
 
 
+def head_can_be_copied(teacher: Teacher) -> bool:
+    """Whether a student can hold the teacher's head itself: that of a GraphClassifier without an adapter."""
+    return isinstance(teacher.module, GraphClassifier) and not teacher.has_adapter
+
+
 def teacher_parts(teacher: Teacher) -> TeacherParts:
     """Take a teacher apart.
 
@@ -53,7 +58,8 @@ def teacher_parts(teacher: Teacher) -> TeacherParts:
             composition is not the teacher's answer there.
     """
     module = teacher.module
-    if isinstance(module, GraphClassifier) and not teacher.has_adapter:
+    if head_can_be_copied(teacher):
+        assert isinstance(module, GraphClassifier)
         head = LinearHead(module.width, module.num_classes, module.readout)
         head.classifier.load_state_dict(module.classifier.state_dict())
         size = sum(parameter.numel() for parameter in head.parameters())

@@ -39,7 +39,7 @@ def refine(
     interval: int = 1,
     two_hop: float = 0.0,
     keep_degrees: bool = False,
-    connected: bool = False,
+    connected: bool = True,
     max_degree: int | None = None,
     proposals: int = 1,
     seed: int = 0,

@@ -33,7 +33,7 @@ class RefineSettings:
         rewire: share of the edge moves that move an edge's end; the others add and delete equally often.
         two_hop: chance that the new partner of a node is drawn among those at distance two, closing a triangle.
         keep_degrees: keep every node's degree: all edge moves are double edge swaps, and `rewire` means nothing.
-        connected: no edit may leave a connected graph in parts.
+        connected: no edit may leave a connected graph in parts. Graphs that are in parts already are searched freely.
         max_degree: no edit may raise a degree above this; None for no limit.
         proposals: candidate edits of a graph per step, of which the one of lowest energy is tried. Not with
             `temperature`, whose chain would lose its balance.
@@ -60,7 +60,7 @@ class RefineSettings:
     interval: int = 1
     two_hop: float = 0.0
     keep_degrees: bool = False
-    connected: bool = False
+    connected: bool = True
     max_degree: int | None = None
     proposals: int = 1
     unlabelled: float = 0.0

@@ -86,6 +86,7 @@ class Run:
             classifier cannot be reused where the settings ask for it.
 
     Attributes:
+        student_settings: the student's, with the reuse of the teacher's classifier decided.
         parameters: sizes of teacher and student, see :func:`~.projector.parameter_counts`.
     """
 
@@ -106,8 +107,8 @@ class Run:
         self.teacher = as_teacher(teacher)
         self.config = config
         self.student = student
-        self._check_reuse()
-        self.parameters = parameter_counts(self.teacher, new_student(self.teacher, student, 0, config.student))
+        self.student_settings = self._decide()
+        self.parameters = parameter_counts(self.teacher, new_student(self.teacher, student, 0, self.student_settings))
         self._progress = progress or (lambda *_: None)
         self._constraint = constraint
         self.description = {
@@ -123,15 +124,16 @@ class Run:
         self._open(resume)
         self.metrics = MetricsLog(folder / "metrics.jsonl")
 
-    def _check_reuse(self) -> None:
-        if not self.config.student.reuse_classifier:
-            return
-        if isinstance(teacher_parts(self.teacher).head, ForeignHead):
+    def _decide(self) -> StudentSettings:
+        """The student's settings with nothing left open; a file cannot hold the classifier of somebody's module."""
+        decided = self.config.student.decided(self.teacher, self.student)
+        if decided.reuse_classifier and isinstance(teacher_parts(self.teacher).head, ForeignHead):
             raise InputError(
                 "student.reuse_classifier: expected a teacher of this package, as student.safetensors holds its "
                 f"classifier too, got a {type(self.teacher.module).__name__}; call distill_student and keep its module "
                 "with torch.save, or set it to false"
             )
+        return decided
 
     def _open(self, resume: bool) -> None:
         record = self.folder / "config.json"
@@ -204,7 +206,7 @@ class Run:
             "student on pseudo-graphs": taught,
             "same student on random graphs": [self.teach("random", random, seed) for seed in seeds],
         }
-        settings = config.student
+        settings = self.student_settings
         if settings.reuse_classifier:
             wide = equal_size_arch(
                 self.student, self.teacher.num_features, self.teacher.num_classes, self.parameters["student"]
@@ -330,7 +332,7 @@ class Run:
 
         Architecture and settings are the run's where none are given.
         """
-        settings = settings or self.config.student
+        settings = settings or self.student_settings
         name = f"{row}-{seed}"
         done = self._state / f"{name}.safetensors"
         if done.exists():

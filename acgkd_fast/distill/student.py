@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ..teachers import Teacher, as_teacher, call_convention
 from ..training import Progress, fit, recalibrate_batch_norm
 from .curriculum import CurriculumSettings, easiest, pace, share_at, structural_difficulty
 from .objectives import FEATURE_LEVELS, distillation_divergence, feature_distance
-from .projector import TeacherParts, projected_student, teacher_parts
+from .projector import TeacherParts, head_can_be_copied, projected_student, teacher_parts
 from .temperature import AdversarialTemperature, AdversarySettings
 
 Pool = GraphBatch | Callable[[int], GraphBatch]
@@ -47,9 +47,11 @@ class StudentSettings:
             teacher's classifier, learns in the teacher's unit from the start, which takes longer. Either way the
             finished student answers in the teacher's unit.
         temperature: of the softened logits.
-        kl_weight, mse_weight, feature_weight: factors of the three terms, 0 leaves one out.
+        kl_weight, mse_weight, feature_weight: factors of the three terms, 0 leaves one out. `feature_weight` None: 1
+            where the classifier is reused, else 0.
         feature_level: "node" or "graph"; the feature term needs `reuse_classifier`.
-        reuse_classifier: raise the student to the teacher's width and let the teacher's frozen classifier answer.
+        reuse_classifier: raise the student to the teacher's width and let the teacher's frozen classifier answer. None:
+            wherever that can be (:meth:`decided`).
         projector: how it is raised: "gat", "linear", or "none" for a student that is as wide as the teacher.
         projector_heads, projector_layers, projector_relu: of "gat", see :class:`~acgkd_fast.nn.projected.Projector`.
         curriculum: easy graphs first.
@@ -68,9 +70,9 @@ class StudentSettings:
     temperature: float = 2.0
     kl_weight: float = 1.0
     mse_weight: float = 0.0
-    feature_weight: float = 0.0
+    feature_weight: float | None = None
     feature_level: str = "node"
-    reuse_classifier: bool = False
+    reuse_classifier: bool | None = None
     projector: str = "gat"
     projector_heads: int = 1
     projector_layers: int = 1
@@ -89,20 +91,43 @@ class StudentSettings:
         weights = ("kl_weight", "mse_weight", "feature_weight")
         for name in ("weight_decay", "clip_norm", "margin", *weights):
             value = getattr(self, name)
-            check(is_number(value) and 0 <= value < float("inf"), name, "a number of 0 or more", value)
+            left_open = name == "feature_weight" and value is None
+            check(left_open or (is_number(value) and 0 <= value < float("inf")), name, "a number of 0 or more", value)
+        reuse = self.reuse_classifier
+        check(reuse is None or isinstance(reuse, bool), "reuse_classifier", "None, True or False", reuse)
         total = tuple(getattr(self, name) for name in weights)
-        check(sum(total) > 0, ", ".join(weights), "one of them above 0", total)
+        by_features = self.feature_weight is None and reuse is not False
+        some = by_features or sum(weight or 0.0 for weight in total) > 0
+        check(some, ", ".join(weights), "one of them above 0", total)
         check_choice("feature_level", self.feature_level, FEATURE_LEVELS)
         check_choice("projector", self.projector, PROJECTORS)
         check(isinstance(self.curriculum, CurriculumSettings), "curriculum", "its settings", self.curriculum)
         check(isinstance(self.adversary, AdversarySettings), "adversary", "its settings", self.adversary)
-        if self.feature_weight > 0 and not self.reuse_classifier:
+        if self.feature_weight and reuse is False:
             raise InputError("feature_weight: expected 0 without reuse_classifier, whose projector it compares by")
         if self.adversary.mode != "fixed":
             check(self.kl_weight > 0, "kl_weight", "a number above 0 beside an adversary", self.kl_weight)
             low, high = self.adversary.low, self.adversary.high
             inside = low < self.temperature < high
             check(inside, "temperature", f"a start between adversary.low and .high, {low} and {high}", self.temperature)
+
+    def decided(self, teacher: Teacher, student: str | nn.Module = "gcn3-32") -> StudentSettings:
+        """These settings with `reuse_classifier` and `feature_weight` decided where they are None.
+
+        The classifier is reused by a student given by name, or by a ProjectedClassifier, whose teacher is a
+        GraphClassifier, of which a student can hold a copy. Another module's classifier stays in that module, so its
+        student reuses it only where that is asked for.
+
+        Raises:
+            InputError: a feature weight above 0 where the classifier cannot be reused.
+        """
+        reuse = self.reuse_classifier
+        if reuse is None:
+            reuse = isinstance(student, str | ProjectedClassifier) and head_can_be_copied(teacher)
+        weight = self.feature_weight
+        if weight is None:
+            weight = 1.0 if reuse else 0.0
+        return replace(self, reuse_classifier=reuse, feature_weight=weight)
 
 
 def distill_student(
@@ -137,8 +162,8 @@ def distill_student(
         InputError: settings out of range, a module whose call convention is unknown, or with
             ``reuse_classifier`` a teacher that does not expose its parts (:func:`~.projector.teacher_parts`).
     """
-    settings = settings or StudentSettings()
     frozen = as_teacher(teacher)
+    settings = (settings or StudentSettings()).decided(frozen, student)
     parts = teacher_parts(frozen) if settings.reuse_classifier else None
     model = new_student(frozen, student, seed, settings, parts) if isinstance(student, str) else student
     if parts is not None and not isinstance(model, ProjectedClassifier):
@@ -179,7 +204,7 @@ def new_student(
     parts: TeacherParts | None = None,
 ) -> Classifier:
     """A student of the lineage, initialised from `seed` alone; the settings say whether it reuses the classifier."""
-    settings = settings or StudentSettings()
+    settings = (settings or StudentSettings()).decided(teacher, arch)
     if settings.reuse_classifier:
         return projected_student(
             teacher,
@@ -356,7 +381,7 @@ class _Lesson:
         if isinstance(self._model, ProjectedClassifier):
             h = self._model.node_features(graphs.x, graphs.edges)
             answer = self._model.classify(h, graphs.ptr)
-            if settings.feature_weight > 0:
+            if settings.feature_weight:
                 assert self._parts is not None
                 distance = feature_distance(h, self._parts.embed(graphs), graphs.ptr, settings.feature_level)
                 losses = losses + settings.feature_weight * distance
