@@ -66,6 +66,17 @@ def test_greedy_energy_never_rises(kind, share):
     assert result.energy[-1] < result.energy[0]
 
 
+def test_graphs_stay_connected_unless_told():
+    graphs = make_graphs(sizes=SIZES * 5)
+    start = EdgeLists.from_edges(graphs.edges)
+    sizes = graphs.sizes
+    whole = start.connected(sizes)
+    assert whole.sum() > 5
+    for options, kept in (({}, True), ({"connected": False}, False)):
+        found = refine(graphs, make_teacher(), steps=200, share=1.0, rewire=0.6, seed=1, **options).graphs
+        assert bool(EdgeLists.from_edges(found.edges).connected(sizes)[whole].all()) == kept
+
+
 def test_a_joint_step_that_overshoots_is_halved():
     refiner = Refiner(make_teacher(), make_graphs(sizes=(6,) * 16), RefineSettings(share=1.0))
     energy, total = refiner._energy, refiner._total

@@ -123,6 +123,7 @@ def test_the_metropolis_chain_has_the_boltzmann_distribution(options, engine):
     graphs = make_graphs(sizes=[4] * count, degree=0.0, kind="constant")
     graphs = GraphBatch(graphs.x, graphs.edges, torch.zeros(count, dtype=torch.int64))
     settings = {"lam_k": 0.0, "cap": 0.0, "temperature": heat, "share": 1.0, "rewire": 0.3, "engine": engine}
+    settings["connected"] = False
     if "edge_weights" in options:
         options = {**options, "edge_weights": (PairLayout.complete([4] * count), WEIGHTED[1].repeat(count))}
     refiner = searched(teacher, graphs, 11, 150, **options, **settings)

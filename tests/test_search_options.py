@@ -101,7 +101,7 @@ def test_greedy_searches_stay_together(arch, options, proposals):
 def test_the_best_of_several_candidates_is_kept(engine):
     """By hand: every candidate alone, measured by a forward pass over the whole graph."""
     several, graphs, teacher = 6, make_graphs(sizes=(8,) * 12), drawn_teacher()
-    options = {"lam_k": 0.0, "cap": 0.0, "share": 1.0, "proposals": several, "engine": engine}
+    options = {"lam_k": 0.0, "cap": 0.0, "share": 1.0, "connected": False, "proposals": several, "engine": engine}
     refiner = Refiner(teacher, graphs, RefineSettings(**options), seed=9)
     lists, sizes, start = refiner._lists.clone(), refiner._sizes, refiner._scores.loss.clone()
     lists.reserve(1)
