@@ -11,6 +11,7 @@ import acgkd_fast as af
 from acgkd_fast.cli import main
 from acgkd_fast.distill.config import RunConfig
 from acgkd_fast.errors import InputError
+from acgkd_fast.nn import ProjectedClassifier
 from acgkd_fast.table import BASELINES, VARIANTS, Table, default_rows
 from acgkd_fast.table_view import render
 
@@ -80,7 +81,7 @@ def test_render_gives_means_deviations_and_the_share_of_the_gap(tmp_path):
     values = {
         "majority class": (0.6, 0.6),
         "random graphs anew": (0.5, 0.4),
-        "random graphs anew, margin 0": (0.2, 0.3),
+        "random graphs anew, plain student": (0.2, 0.3),
         "real graphs": (0.8, 0.8),
         "acgkd-fast": (0.7, 0.8),
     }
@@ -91,7 +92,7 @@ def test_render_gives_means_deviations_and_the_share_of_the_gap(tmp_path):
     assert "| majority class | 60.0 +- 0.0 | - | -15.0 |" in text
     assert "| real graphs | 80.0 +- 0.0 | - | +5.0 |" in text
     assert "| GFKD |" not in text
-    # Above random graphs anew 75 - 45, above those at margin 0 75 - 25; skipped cells count nowhere.
+    # Above random graphs anew 75 - 45, above those of plain students 75 - 25; skipped cells count nowhere.
     assert "| gcn3-32 | 75 % (1) | +30.0 (+30.0) | +50.0 (+50.0) | - | - |" in text
     assert "| all | 75 % (1) |" in text
 
@@ -101,7 +102,7 @@ def test_rows_with_fewer_splits_are_compared_on_the_splits_that_they_have(tmp_pa
     values = {
         "majority class": (0.6, 0.2),
         "random graphs anew": (0.5, 0.4),
-        "random graphs anew, margin 0": (0.7, 0.1),
+        "random graphs anew, plain student": (0.7, 0.1),
         "real graphs": (0.8, 0.9),
         "acgkd-fast": (0.7, 0.8),
         "learn only": (0.75,),
@@ -125,17 +126,19 @@ def test_cells_of_other_settings_are_refused(tmp_path, monkeypatch):
         other.run(["house-or-cycle"], splits=(1,), rows=rows)
 
 
-def test_random_graphs_are_taught_at_both_margins(tmp_path, monkeypatch):
+def test_random_and_real_graphs_teach_both_kinds_of_student(tmp_path, monkeypatch):
     from acgkd_fast import table as module
 
-    margins = []
-    taught = module.distill_student
-    monkeypatch.setattr(
-        module, "distill_student", lambda *a, **named: margins.append(a[3].margin) or taught(*a, **named)
-    )
-    rows = ("random graphs anew", "random graphs anew, margin 0")
+    students, taught = [], module.distill_student
+
+    def keep(*arguments, **named):
+        students.append(taught(*arguments, **named))
+        return students[-1]
+
+    monkeypatch.setattr(module, "distill_student", keep)
+    rows = ("random graphs anew", "random graphs anew, plain student", "real graphs", "real graphs, plain student")
     small_table(tmp_path, monkeypatch, []).run(["house-or-cycle"], splits=(1,), rows=rows)
-    assert margins == [SMALL.student.margin, 0.0]
+    assert [isinstance(student, ProjectedClassifier) for student in students] == [True, False, True, False]
 
 
 def test_ablations_are_settings_of_the_run():

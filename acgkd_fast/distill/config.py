@@ -14,7 +14,7 @@ from ..pseudo_graphs import GraphPrior
 from .curriculum import CurriculumSettings
 from .inversion import LearnSettings
 from .refine import RefineSettings
-from .student import StudentSettings
+from .student_settings import StudentSettings
 from .temperature import AdversarySettings
 
 # Mean nodes of the largest graphs that the number of steps was chosen on, and what more steps may cost.

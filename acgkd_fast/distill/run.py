@@ -40,7 +40,8 @@ from .pool import random_pool, start_graphs
 from .prior_search import Trial, find_prior
 from .projector import ForeignHead, equal_size_arch, parameter_counts, teacher_parts
 from .refine import Constraint, Refiner
-from .student import Pool, StudentSettings, distill_student, new_student, pool_agreement
+from .student import Pool, distill_student, new_student, pool_agreement
+from .student_settings import StudentSettings
 from .witness import pool_size, pool_witness
 
 _SAVE_SECONDS = 20.0
