@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .distill.curriculum import CurriculumSettings as CurriculumSettings
     from .distill.inversion import LearnSettings as LearnSettings
     from .distill.inversion import learn as learn
+    from .distill.perturbed import perturbed_pool as perturbed_pool
     from .distill.pool import random_pool as random_pool
     from .distill.pool import start_graphs as start_graphs
     from .distill.prior_search import find_prior as find_prior
@@ -53,6 +54,7 @@ _HOMES = {
     "find_prior": ".distill.prior_search",
     "LearnSettings": ".distill.inversion",
     "learn": ".distill.inversion",
+    "perturbed_pool": ".distill.perturbed",
     "random_pool": ".distill.pool",
     "start_graphs": ".distill.pool",
     "RefineSettings": ".distill.refine",

@@ -24,6 +24,7 @@ from .checkpoints import load_model, save_model
 from .data import GraphDataset, house_or_cycle, load_dataset
 from .distill.config import RunConfig
 from .distill.metrics import MetricsLog
+from .distill.perturbed import perturbed_pool
 from .distill.pool import random_pool
 from .distill.prior_search import find_prior
 from .distill.run import Run
@@ -65,6 +66,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain shape": {"prior.hub_share": 0.0, "prior.size_spread": 0.0, "prior.degree_growth": 0.0},
     "start graphs": {"refine.steps": 0},
     "graphs in parts": {"refine.connected": False},
+    "perturbed anew": {"perturb": 0.1},
     "plain student": {"student.reuse_classifier": False},
     # The defaults of before.
     "plain student, graphs in parts": {"student.reuse_classifier": False, "refine.connected": False},
@@ -309,13 +311,15 @@ class Table:
 
     def _ours(self, task: Task) -> tuple[nn.Module, dict[str, Any]]:
         graphs, facts = self._pool(task)
-        model = task.taught(graphs)
+        model = task.taught(perturbed_pool(graphs, task.config.perturb, seed=task.seed))
         witness = pool_agreement(task.case.teacher, model, graphs, settings=task.config.student)
         return model, {**facts, "student_agreement": witness["agreement"], "student_divergence": witness["divergence"]}
 
     def _pool(self, task: Task) -> tuple[GraphBatch, dict[str, Any]]:
         """Through a run folder, so that the table measures what users run."""
-        settings = json.dumps({name: value for name, value in task.config.to_dict().items() if name != "student"})
+        settings = json.dumps(
+            {name: value for name, value in task.config.to_dict().items() if name not in ("perturb", "student")}
+        )
         if settings not in self._pools:
             with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)

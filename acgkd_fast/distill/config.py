@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, InputError, check, is_integer
+from ..errors import DataError, InputError, check, is_integer, is_number
 from ..pseudo_graphs import GraphPrior
 from .curriculum import CurriculumSettings
 from .inversion import LearnSettings
@@ -37,6 +37,8 @@ class RunConfig:
             number of nodes of larger ones, up to four times (:attr:`search`); False takes them as they are.
         learn: the gradient stage; ``steps = 0`` leaves it out.
         refine: the search over hard graphs; ``steps = 0`` leaves it out. Labels are dealt after a quarter of it.
+        perturb: share of the pool's edges and node features that are changed anew in every epoch of the student
+            (:func:`~.perturbed.perturbed_pool`); 0 teaches the pool as it is. 0.1 helps students that overfit.
         student: training of the student.
     """
 
@@ -48,6 +50,7 @@ class RunConfig:
     prior: GraphPrior = field(default_factory=GraphPrior)
     learn: LearnSettings = field(default_factory=lambda: LearnSettings(steps=0))
     refine: RefineSettings = field(default_factory=lambda: RefineSettings(unlabelled=0.25))
+    perturb: float = 0.0
     student: StudentSettings = field(default_factory=StudentSettings)
 
     def __post_init__(self) -> None:
@@ -55,6 +58,7 @@ class RunConfig:
         check(0.0 < self.xi <= 1.0, "xi", "a number in (0, 1]", self.xi)
         steps = self.prior_steps
         check(is_integer(steps) and steps >= 0, "prior_steps", "0 or more", steps)
+        check(is_number(self.perturb) and 0.0 <= self.perturb < 1.0, "perturb", "a number in [0, 1)", self.perturb)
         check(isinstance(self.scale_steps, bool), "scale_steps", "True or False", self.scale_steps)
         if self.student.redraw and (self.learn.steps == 0 or self.refine.steps > 0):
             raise InputError(

@@ -36,6 +36,7 @@ from .captured import stepper
 from .config import RunConfig
 from .inversion import Learner
 from .metrics import MetricsLog
+from .perturbed import perturbed_pool
 from .pool import random_pool, start_graphs
 from .prior_search import Trial, find_prior
 from .projector import ForeignHead, equal_size_arch, parameter_counts, teacher_parts
@@ -276,9 +277,9 @@ class Run:
         return graphs
 
     def _pool(self, graphs: GraphBatch) -> Pool:
-        """What a student learns from: the pool, or with `redraw` a new draw of it every epoch."""
+        """What a student learns from: the pool, perturbed anew, or with `redraw` drawn anew, every epoch."""
         if not self.config.student.redraw:
-            return graphs
+            return perturbed_pool(graphs, self.config.perturb, seed=self.config.seed)
         learned = self._learn(graphs)
         after = self.config.learn.steps + 1
         return lambda epoch: learned.harden(seed=self.config.seed, step=after + epoch)

@@ -1,0 +1,79 @@
+"""A pool whose graphs look a little different in every epoch, so that a student cannot learn them by heart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..errors import InputError, check, is_integer, is_number
+from ..graphs import EdgeSample, GraphBatch
+
+# Keeps these draws apart from the order of the mini-batches, whose seeds are smaller.
+_STREAM = 1 << 62
+
+
+def perturbed_pool(
+    graphs: GraphBatch, share: float = 0.05, *, seed: int = 0
+) -> GraphBatch | Callable[[int], GraphBatch]:
+    """The pool with a share of its edges and node features changed anew in every epoch.
+
+    Each undirected edge is hit with probability `share`: one of its ends, either with equal chance, moves to a node of
+    its graph drawn at random, unless that is a self-loop or an edge of the pool. Each node is hit with the same
+    probability and gets the features of a node drawn from the whole pool. The teacher answers for the graphs as they
+    have become, and students that know their pool by heart learn more (docs/research.md, section 13).
+
+    Args:
+        graphs: simple undirected graphs of weight 1, as the search leaves them; their labels are not kept.
+        share: in [0, 1).
+        seed: of all draws, together with the epoch.
+
+    Returns:
+        A function of the epoch, which gives equal graphs for equal seed and epoch; with a share of 0 `graphs` itself.
+
+    Raises:
+        InputError: an argument out of range, or edges with weights.
+    """
+    check(is_number(share) and 0.0 <= share < 1.0, "share", "a number in [0, 1)", share)
+    check(is_integer(seed) and 0 <= seed < 2**40, "seed", "a number in 0..2^40-1", seed)
+    if share == 0.0:
+        return graphs
+    size, row = graphs.edges.num_edges, graphs.edges.row()
+    col = graphs.edges.col[:size].long()
+    if not bool((graphs.edges.value[:size] == 1).all()):
+        raise InputError("graphs: expected edges of weight 1, got others; draw hard graphs first")
+    # A mirror image stands for each edge, so that both directions move together.
+    ends = torch.stack([row, col])[:, row < col].cpu()
+
+    def draw(epoch: int) -> GraphBatch:
+        stream = torch.Generator().manual_seed(_STREAM + (seed << 20) + epoch)
+        x = _with_new_features(graphs.x, share, stream)
+        both = _with_new_ends(ends, graphs, share, stream)
+        edges = EdgeSample.from_edge_index(both.to(graphs.x.device), graphs.ptr)
+        return GraphBatch(x, edges.with_value(edges.value.to(graphs.x.dtype), symmetric=True))
+
+    return draw
+
+
+def _with_new_features(x: torch.Tensor, share: float, stream: torch.Generator) -> torch.Tensor:
+    hit = torch.rand(len(x), generator=stream) < share
+    source = torch.randint(len(x), (len(x),), generator=stream) if len(x) else torch.zeros(0, dtype=torch.int64)
+    return x[torch.where(hit, source, torch.arange(len(x))).to(x.device)]
+
+
+def _with_new_ends(ends: torch.Tensor, graphs: GraphBatch, share: float, stream: torch.Generator) -> torch.Tensor:
+    """Both directions of the edges [2, 2 E] after the hits on `ends` [2, E]."""
+    count, nodes, ptr = ends.shape[1], graphs.num_nodes, graphs.ptr.cpu()
+    hit = torch.rand(count, generator=stream) < share
+    moved = torch.randint(2, (count,), generator=stream)
+    graph = torch.searchsorted(ptr, ends[0], right=True) - 1
+    span = ptr[graph + 1] - ptr[graph]
+    partner = ptr[graph] + (torch.rand(count, generator=stream, dtype=torch.float64) * span).long()
+    stays = ends.gather(0, (1 - moved)[None])[0]
+    pair = torch.stack([torch.minimum(stays, partner), torch.maximum(stays, partner)])
+    key, earlier = pair[0] * nodes + pair[1], ends[0] * nodes + ends[1]
+    hit &= (partner != stays) & ~torch.isin(key, earlier)
+    # Two edges that land on one pair are one edge afterwards.
+    final = torch.where(hit, key, earlier).unique()
+    low, high = final // max(nodes, 1), final % max(nodes, 1)
+    return torch.stack([torch.cat([low, high]), torch.cat([high, low])])
