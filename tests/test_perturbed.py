@@ -100,8 +100,11 @@ def test_bad_arguments_are_named():
     with pytest.raises(InputError, match="seed: expected a number in"):
         af.perturbed_pool(graphs, 0.1, seed=-1)
     weighted = GraphBatch(graphs.x, graphs.edges.with_value(graphs.edges.value * 0.5, symmetric=True))
-    with pytest.raises(InputError, match="graphs: expected edges of weight 1"):
-        af.perturbed_pool(weighted, 0.1)
+    directed = EdgeSample.from_edge_index(torch.tensor([[0, 1], [1, 2]]), graphs.ptr)
+    looped = EdgeSample.from_edge_index(torch.tensor([[0, 1, 2], [1, 0, 2]]), graphs.ptr)
+    for bad in (weighted, GraphBatch(graphs.x, directed), GraphBatch(graphs.x, looped)):
+        with pytest.raises(InputError, match=r"edges: expected simple undirected graphs \(both directions.*weight 1"):
+            af.perturbed_pool(bad, 0.1)
 
 
 def test_a_student_that_knows_its_pool_by_heart_learns_more_from_perturbed_graphs():

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..errors import InputError, check, is_integer, is_number
+from ..errors import check, is_integer, is_number
 from ..graphs import EdgeSample, GraphBatch
+from .edge_lists import EdgeLists, pack, unpack
 
 # Keeps these draws apart from the order of the mini-batches, whose seeds are smaller.
 _STREAM = 1 << 62
@@ -32,16 +33,14 @@ def perturbed_pool(
         A function of the epoch, which gives equal graphs for equal seed and epoch; with a share of 0 `graphs` itself.
 
     Raises:
-        InputError: an argument out of range, or edges with weights.
+        InputError: an argument out of range, or graphs that are not simple and undirected with edges of weight 1.
     """
     check(is_number(share) and 0.0 <= share < 1.0, "share", "a number in [0, 1)", share)
     check(is_integer(seed) and 0 <= seed < 2**40, "seed", "a number in 0..2^40-1", seed)
     if share == 0.0:
         return graphs
-    size, row = graphs.edges.num_edges, graphs.edges.row()
-    col = graphs.edges.col[:size].long()
-    if not bool((graphs.edges.value[:size] == 1).all()):
-        raise InputError("graphs: expected edges of weight 1, got others; draw hard graphs first")
+    EdgeLists.from_edges(graphs.edges)
+    row, col = graphs.edges.row(), graphs.edges.col[: graphs.edges.num_edges].long()
     # A mirror image stands for each edge, so that both directions move together.
     ends = torch.stack([row, col])[:, row < col].cpu()
 
@@ -49,8 +48,9 @@ def perturbed_pool(
         stream = torch.Generator().manual_seed(_STREAM + (seed << 20) + epoch)
         x = _with_new_features(graphs.x, share, stream)
         both = _with_new_ends(ends, graphs, share, stream)
-        edges = EdgeSample.from_edge_index(both.to(graphs.x.device), graphs.ptr)
-        return GraphBatch(x, edges.with_value(edges.value.to(graphs.x.dtype), symmetric=True))
+        both = both.to(x.device)
+        ones = x.new_ones(both.shape[1])
+        return GraphBatch(x, EdgeSample.from_edge_index(both, graphs.ptr, ones, symmetric=True))
 
     return draw
 
@@ -63,17 +63,15 @@ def _with_new_features(x: torch.Tensor, share: float, stream: torch.Generator) -
 
 def _with_new_ends(ends: torch.Tensor, graphs: GraphBatch, share: float, stream: torch.Generator) -> torch.Tensor:
     """Both directions of the edges [2, 2 E] after the hits on `ends` [2, E]."""
-    count, nodes, ptr = ends.shape[1], graphs.num_nodes, graphs.ptr.cpu()
+    count, ptr = ends.shape[1], graphs.ptr.cpu()
     hit = torch.rand(count, generator=stream) < share
     moved = torch.randint(2, (count,), generator=stream)
     graph = torch.searchsorted(ptr, ends[0], right=True) - 1
     span = ptr[graph + 1] - ptr[graph]
     partner = ptr[graph] + (torch.rand(count, generator=stream, dtype=torch.float64) * span).long()
     stays = ends.gather(0, (1 - moved)[None])[0]
-    pair = torch.stack([torch.minimum(stays, partner), torch.maximum(stays, partner)])
-    key, earlier = pair[0] * nodes + pair[1], ends[0] * nodes + ends[1]
-    hit &= (partner != stays) & ~torch.isin(key, earlier)
+    pair, earlier = pack(torch.minimum(stays, partner), torch.maximum(stays, partner)), pack(*ends)
+    hit &= (partner != stays) & ~torch.isin(pair, earlier)
     # Two edges that land on one pair are one edge afterwards.
-    final = torch.where(hit, key, earlier).unique()
-    low, high = final // max(nodes, 1), final % max(nodes, 1)
+    low, high = unpack(torch.where(hit, pair, earlier).unique())
     return torch.stack([torch.cat([low, high]), torch.cat([high, low])])

@@ -39,7 +39,7 @@ from .metrics import MetricsLog
 from .perturbed import perturbed_pool
 from .pool import random_pool, start_graphs
 from .prior_search import Trial, find_prior
-from .projector import ForeignHead, equal_size_arch, parameter_counts, teacher_parts
+from .projector import equal_size_arch, head_can_be_copied, parameter_counts
 from .refine import Constraint, Refiner
 from .student import Pool, distill_student, new_student, pool_agreement
 from .student_settings import StudentSettings
@@ -129,7 +129,7 @@ class Run:
     def _decide(self) -> StudentSettings:
         """The student's settings with nothing left open; a file cannot hold the classifier of somebody's module."""
         decided = self.config.student.decided(self.teacher, self.student)
-        if decided.reuse_classifier and isinstance(teacher_parts(self.teacher).head, ForeignHead):
+        if decided.reuse_classifier and not head_can_be_copied(self.teacher):
             raise InputError(
                 "student.reuse_classifier: expected a teacher of this package, as student.safetensors holds its "
                 f"classifier too, got a {type(self.teacher.module).__name__}; call distill_student and keep its module "
