@@ -209,6 +209,7 @@ class _Lesson:
         self._call = call_convention(model)
         self._seen: GraphBatch | None = None
         self._targets = torch.empty(0)
+        self._features: tuple[torch.Tensor, ...] = ()
         self._pool = pool
         # Growing from a fresh start to logits of 80 takes most of a short training, so a student whose start and
         # classifier are ours learns in the unit of the loss and is scaled afterwards.
@@ -243,7 +244,8 @@ class _Lesson:
         self._epoch, self._figures = epoch, {}
         self._temperatures = []
         if graphs is not self._seen:
-            self._seen, self._targets = graphs, teacher_logits(self._teacher, graphs) / self.unit
+            self._seen = graphs
+            self._ask_teacher(graphs)
         curriculum = self._settings.curriculum
         if curriculum.difficulty == "none":
             return None
@@ -256,6 +258,17 @@ class _Lesson:
         positions = visited.nonzero().squeeze(1)
         self._figures["share"] = positions.numel() / graphs.num_graphs
         return positions
+
+    @torch.no_grad()
+    def _ask_teacher(self, graphs: GraphBatch) -> None:
+        """All of the epoch's answers at once, and node features where the student learns them: one pass of the teacher
+        over large parts takes a fraction of one pass per mini-batch."""
+        if self._parts is None or not self._settings.feature_weight:
+            self._targets = teacher_logits(self._teacher, graphs) / self.unit
+            return
+        features = _in_parts(self._parts.embed, graphs)
+        self._features = features.split(graphs.sizes.tolist())
+        self._targets = self._parts.head(features, graphs.ptr) / self.unit
 
     def _difficulty(self, graphs: GraphBatch, labels: torch.Tensor) -> torch.Tensor:
         kind = self._settings.curriculum.difficulty
@@ -277,8 +290,8 @@ class _Lesson:
             h = self._model.node_features(graphs.x, graphs.edges)
             answer = self._model.classify(h, graphs.ptr)
             if settings.feature_weight:
-                assert self._parts is not None
-                distance = feature_distance(h, self._parts.embed(graphs), graphs.ptr, settings.feature_level)
+                theirs = torch.cat([self._features[i] for i in positions.tolist()])
+                distance = feature_distance(h, theirs, graphs.ptr, settings.feature_level)
                 losses = losses + settings.feature_weight * distance
         else:
             answer = self._call(graphs)
