@@ -153,7 +153,7 @@ def train_teacher(
 @click.option("--connected/--any-parts", default=None, help="Search: keep connected graphs connected [default].")
 @click.option("--max-degree", type=int, help="Search: raise no degree above this.")
 @click.option("--keep-degrees/--any-degrees", default=None, help="Search: swap edges, so that all degrees stay.")
-@click.option("--perturb", type=float, help="Share of the pool's edges and features changed anew in every epoch.")
+@click.option("--perturb", type=float, help="Largest share of a graph's edges and features changed anew every epoch.")
 @click.option("--epochs", type=int, help="Epochs of the student.")
 @click.option(
     "--reuse-classifier/--own-classifier", default=None, help="Let the teacher's frozen classifier answer [default]."

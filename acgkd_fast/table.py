@@ -66,7 +66,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain shape": {"prior.hub_share": 0.0, "prior.size_spread": 0.0, "prior.degree_growth": 0.0},
     "start graphs": {"refine.steps": 0},
     "graphs in parts": {"refine.connected": False},
-    "perturbed anew": {"perturb": 0.1},
+    "pool as it is": {"perturb": 0.0},
     "plain student": {"student.reuse_classifier": False},
     # The defaults of before.
     "plain student, graphs in parts": {"student.reuse_classifier": False, "refine.connected": False},

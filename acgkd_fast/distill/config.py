@@ -37,8 +37,9 @@ class RunConfig:
             number of nodes of larger ones, up to four times (:attr:`search`); False takes them as they are.
         learn: the gradient stage; ``steps = 0`` leaves it out.
         refine: the search over hard graphs; ``steps = 0`` leaves it out. Labels are dealt after a quarter of it.
-        perturb: share of the pool's edges and node features that are changed anew in every epoch of the student
-            (:func:`~.perturbed.perturbed_pool`); 0 teaches the pool as it is. 0.1 helps students that overfit.
+        perturb: the largest share of a graph's edges and node features that is changed anew in every epoch of the
+            student (:func:`~.perturbed.perturbed_pool`), so that it cannot learn the pool by heart; 0 teaches the pool
+            as it is. With ``student.redraw`` the graphs are drawn anew in its place.
         student: training of the student.
     """
 
@@ -50,7 +51,7 @@ class RunConfig:
     prior: GraphPrior = field(default_factory=GraphPrior)
     learn: LearnSettings = field(default_factory=lambda: LearnSettings(steps=0))
     refine: RefineSettings = field(default_factory=lambda: RefineSettings(unlabelled=0.25))
-    perturb: float = 0.0
+    perturb: float = 0.2
     student: StudentSettings = field(default_factory=StudentSettings)
 
     def __post_init__(self) -> None:

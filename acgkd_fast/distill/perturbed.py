@@ -15,18 +15,19 @@ _STREAM = 1 << 62
 
 
 def perturbed_pool(
-    graphs: GraphBatch, share: float = 0.05, *, seed: int = 0
+    graphs: GraphBatch, share: float = 0.2, *, seed: int = 0
 ) -> GraphBatch | Callable[[int], GraphBatch]:
-    """The pool with a share of its edges and node features changed anew in every epoch.
+    """The pool with some of its edges and node features changed anew in every epoch.
 
-    Each undirected edge is hit with probability `share`: one of its ends, either with equal chance, moves to a node of
-    its graph drawn at random, unless that is a self-loop or an edge of the pool. Each node is hit with the same
+    Each graph draws a probability of its own, uniform in [0, `share`), so that in every epoch some graphs are nearly as
+    they were. Each undirected edge is hit with its graph's: one of its ends, either with equal chance, moves to a node
+    of its graph drawn at random, unless that is a self-loop or an edge of the pool. Each node is hit with the same
     probability and gets the features of a node drawn from the whole pool. The teacher answers for the graphs as they
     have become, and students that know their pool by heart learn more (docs/research.md, section 13).
 
     Args:
         graphs: simple undirected graphs of weight 1, as the search leaves them; their labels are not kept.
-        share: in [0, 1).
+        share: the largest probability, in [0, 1).
         seed: of all draws, together with the epoch.
 
     Returns:
@@ -43,30 +44,34 @@ def perturbed_pool(
     row, col = graphs.edges.row(), graphs.edges.col[: graphs.edges.num_edges].long()
     # A mirror image stands for each edge, so that both directions move together.
     ends = torch.stack([row, col])[:, row < col].cpu()
+    ptr, graph = graphs.ptr.cpu(), graphs.batch().cpu()
 
     def draw(epoch: int) -> GraphBatch:
         stream = torch.Generator().manual_seed(_STREAM + (seed << 20) + epoch)
-        x = _with_new_features(graphs.x, share, stream)
-        both = _with_new_ends(ends, graphs, share, stream)
-        both = both.to(x.device)
+        chance = share * torch.rand(graphs.num_graphs, generator=stream)
+        x = _with_new_features(graphs.x, chance[graph], stream)
+        both = _with_new_ends(ends, ptr, graph[ends[0]], chance, stream).to(x.device)
         ones = x.new_ones(both.shape[1])
         return GraphBatch(x, EdgeSample.from_edge_index(both, graphs.ptr, ones, symmetric=True))
 
     return draw
 
 
-def _with_new_features(x: torch.Tensor, share: float, stream: torch.Generator) -> torch.Tensor:
-    hit = torch.rand(len(x), generator=stream) < share
+def _with_new_features(x: torch.Tensor, chance: torch.Tensor, stream: torch.Generator) -> torch.Tensor:
+    """x [N, F] with the row of another node where hit, with the probabilities [N]."""
+    hit = torch.rand(len(x), generator=stream) < chance
     source = torch.randint(len(x), (len(x),), generator=stream) if len(x) else torch.zeros(0, dtype=torch.int64)
     return x[torch.where(hit, source, torch.arange(len(x))).to(x.device)]
 
 
-def _with_new_ends(ends: torch.Tensor, graphs: GraphBatch, share: float, stream: torch.Generator) -> torch.Tensor:
-    """Both directions of the edges [2, 2 E] after the hits on `ends` [2, E]."""
-    count, ptr = ends.shape[1], graphs.ptr.cpu()
-    hit = torch.rand(count, generator=stream) < share
+def _with_new_ends(
+    ends: torch.Tensor, ptr: torch.Tensor, graph: torch.Tensor, chance: torch.Tensor, stream: torch.Generator
+) -> torch.Tensor:
+    """Both directions of the edges [2, 2 E] after the hits on `ends` [2, E] of the graphs [E], whose probabilities
+    are [B]."""
+    count = ends.shape[1]
+    hit = torch.rand(count, generator=stream) < chance[graph]
     moved = torch.randint(2, (count,), generator=stream)
-    graph = torch.searchsorted(ptr, ends[0], right=True) - 1
     span = ptr[graph + 1] - ptr[graph]
     partner = ptr[graph] + (torch.rand(count, generator=stream, dtype=torch.float64) * span).long()
     stays = ends.gather(0, (1 - moved)[None])[0]
