@@ -36,7 +36,8 @@ class RunConfig:
         scale_steps: whether ``refine.steps``, chosen on graphs of up to 25 nodes, are taken in proportion to the mean
             number of nodes of larger ones, up to four times (:attr:`search`); False takes them as they are.
         learn: the gradient stage; ``steps = 0`` leaves it out.
-        refine: the search over hard graphs; ``steps = 0`` leaves it out. Labels are dealt after a quarter of it.
+        refine: the search over hard graphs; ``steps = 0`` leaves it out. Labels are dealt after a quarter of it,
+            and a graph need not be surer of its class than a cross-entropy of 0.5.
         perturb: the largest share of a graph's edges and node features that is changed anew in every epoch of the
             student (:func:`~.perturbed.perturbed_pool`), so that it cannot learn the pool by heart; 0 teaches the pool
             as it is. With ``student.redraw`` the graphs are drawn anew in its place.
@@ -50,7 +51,7 @@ class RunConfig:
     scale_steps: bool = True
     prior: GraphPrior = field(default_factory=GraphPrior)
     learn: LearnSettings = field(default_factory=lambda: LearnSettings(steps=0))
-    refine: RefineSettings = field(default_factory=lambda: RefineSettings(unlabelled=0.25))
+    refine: RefineSettings = field(default_factory=lambda: RefineSettings(cap=0.5, unlabelled=0.25))
     perturb: float = 0.2
     student: StudentSettings = field(default_factory=StudentSettings)
 
