@@ -58,7 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learn then refine": {"learn.steps": 400},
     "refine without K": {"refine.lam_k": 0.0},
     "refine without CE": {"refine.w_ce": 0.0},
-    "surer graphs": {"refine.cap": 0.1},
+    "cross-entropy down to 0.1": {"refine.cap": 0.1},
     "a quarter of the steps": {"refine.steps": 2000},
     "four times the steps": {"refine.steps": 32000},
     "1,000 graphs": {"num_graphs": 1000},
@@ -68,14 +68,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "start graphs": {"refine.steps": 0},
     "graphs in parts": {"refine.connected": False},
     "pool as it is": {"perturb": 0.0},
-    "plain student": {"student.reuse_classifier": False},
-    # Of the tables before connected graphs, reused classifiers and perturbed pools.
-    "the defaults of before": {
+    "cross-entropy down to 0.1, pool as it is": {"refine.cap": 0.1, "perturb": 0.0},
+    "the same, plain student, graphs in parts": {
         "student.reuse_classifier": False,
         "refine.connected": False,
         "refine.cap": 0.1,
         "perturb": 0.0,
     },
+    "plain student": {"student.reuse_classifier": False},
     "no feature matching": {"student.feature_weight": 0.0},
     "linear projector": {"student.projector": "linear"},
     "curriculum, teacher's loss": {"student.curriculum.difficulty": "teacher_loss"},

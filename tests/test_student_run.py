@@ -90,7 +90,7 @@ def test_a_student_that_has_not_learned_its_pool_is_told(tmp_path):
     teacher = make_teacher()
     # One class far ahead of the other on every second graph is nothing that one epoch learns.
     config = make_config(**{"student.epochs": 1, "student.lr": 1e-6, "student.recalibrate": False, "num_graphs": 24})
-    with pytest.warns(RuntimeWarning, match=r"student: expected the teacher's class on 80% of the pseudo-graphs, got"):
+    with pytest.warns(RuntimeWarning, match=r"student: expected the teacher's class on 70% of the pseudo-graphs, got"):
         for seed in range(6):
             Run(tmp_path / str(seed), teacher, config.with_settings({"seed": seed})).execute()
 

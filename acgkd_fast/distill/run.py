@@ -49,7 +49,7 @@ _SAVE_SECONDS = 20.0
 _REFINE_STEPS = 50
 _LEARN_STEPS = 10
 # Students that agree less with their teacher on the very graphs they learned from have not learned.
-_AGREEMENT = 0.8
+_AGREEMENT = 0.7
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
