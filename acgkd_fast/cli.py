@@ -153,7 +153,9 @@ def train_teacher(
 @click.option("--connected/--any-parts", default=None, help="Search: keep connected graphs connected [default].")
 @click.option("--max-degree", type=int, help="Search: raise no degree above this.")
 @click.option("--keep-degrees/--any-degrees", default=None, help="Search: swap edges, so that all degrees stay.")
-@click.option("--perturb", type=float, help="Largest share of a graph's edges and features changed anew every epoch.")
+@click.option(
+    "--perturb", type=float, help="Largest chance of an edge or feature to change, anew in every epoch [default: 0.2]."
+)
 @click.option("--epochs", type=int, help="Epochs of the student.")
 @click.option(
     "--reuse-classifier/--own-classifier", default=None, help="Let the teacher's frozen classifier answer [default]."
@@ -228,7 +230,7 @@ def _changes(options: dict[str, Any]) -> dict[str, Any]:
         "learn.steps": options["learn_steps"],
         "refine.steps": options["refine_steps"],
         **{f"refine.{name}": options[name] for name in _SEARCH},
-        "perturb": options["perturb"],
+        "perturbation": options["perturb"],
         "student.epochs": options["epochs"],
         "student.reuse_classifier": options["reuse_classifier"],
         "student.projector": options["projector"],

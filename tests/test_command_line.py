@@ -55,11 +55,13 @@ def test_distill_command_and_resume(tmp_path, teacher_file):
 
 def test_what_the_command_line_says_of_the_graphs(tmp_path, teacher_file):
     out = tmp_path / "run"
-    small = ("--num-graphs", 8, "--refine-steps", 30, "--epochs", 2)
+    small = ("--num-graphs", 8, "--refine-steps", 30, "--epochs", 2, "--perturb", 0.3)
     shape = ("--mean-nodes", 8, "--mean-degree", 3.0, "--hub-share", 0.25)
     result = invoke("distill", "--teacher", teacher_file, "--out", out, *small, *shape)
     assert result.exit_code == 0, result.output
-    prior = json.loads((out / "config.json").read_text())["settings"]["prior"]
+    settings = json.loads((out / "config.json").read_text())["settings"]
+    assert settings["perturbation"] == 0.3
+    prior = settings["prior"]
     assert (prior["min_nodes"], prior["max_nodes"]) == (4, 12)
     assert (prior["mean_degree"], prior["hub_share"], prior["size_spread"]) == (3.0, 0.25, None)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -148,10 +148,23 @@ def test_a_run_teaches_a_perturbed_pool(tmp_path):
     losses = {}
     for share in (0.0, 0.4):
         folder = tmp_path / str(share)
-        run = Run(folder, make_teacher(), make_config(perturb=share))
+        run = Run(folder, make_teacher(), make_config(perturbation=share))
         run.execute()
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses[share] = [line["loss"] for line in lines if line["stage"] == "student-0"]
     assert losses[0.0] != losses[0.4] and len(losses[0.0]) == len(losses[0.4])
-    with pytest.raises(InputError, match="perturb: expected a number in"):
-        make_config(perturb=1.0)
+    with pytest.raises(InputError, match="perturbation: expected None or a number in"):
+        make_config(perturbation=1.0)
+
+
+def test_pools_of_bounded_searches_stay_as_they_are(tmp_path):
+    """Perturbed graphs would not keep to what the user asked of the search."""
+    assert make_config().pool_perturbation() == 0.2
+    assert make_config().pool_perturbation(constrained=True) == 0.0
+    for bound in ({"refine.keep_degrees": True}, {"refine.max_degree": 4}):
+        assert make_config(**bound).pool_perturbation() == 0.0
+        assert make_config(perturbation=0.1, **bound).pool_perturbation() == 0.1
+    graphs = ring_graphs(count=3)
+    for name, constraint, kept in (("free", None, False), ("bounded", lambda pool: torch.ones(3), True)):
+        pool = Run(tmp_path / name, make_teacher(), make_config(), constraint=constraint)._pool(graphs)
+        assert (pool is graphs) == kept

@@ -178,8 +178,15 @@ def test_folders_in_use_and_settings_that_differ(tmp_path):
     with pytest.raises(InputError, match="resume: expected an interrupted run"):
         Run(tmp_path / "nowhere", make_teacher(), make_config(), resume=True)
     Run(tmp_path / "other", make_teacher(), make_config())
-    with pytest.raises(InputError, match="resume: expected the settings"):
-        Run(tmp_path / "other", make_teacher(), make_config(num_graphs=13), resume=True)
+    other = make_config(**{"num_graphs": 13, "refine.cap": 0.2})
+    with pytest.raises(InputError, match=r"resume: expected the settings .* got others of num_graphs, refine.cap$"):
+        Run(tmp_path / "other", make_teacher(), other, resume=True)
+    with pytest.raises(InputError, match=r"got others of student$"):
+        Run(tmp_path / "other", make_teacher(), make_config(), student="gin3-32", resume=True)
+    record = tmp_path / "other" / "config.json"
+    record.write_text(record.read_text().replace('"perturbation": null', '"perturb": 0.0'))
+    with pytest.raises(InputError, match=r"got others of perturbation, perturb$"):
+        Run(tmp_path / "other", make_teacher(), make_config(perturbation=0.1), resume=True)
 
 
 @pytest.mark.parametrize(

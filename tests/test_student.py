@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_training import parity_graphs, weights
 
+from acgkd_fast.distill import student as student_module
 from acgkd_fast.distill.curriculum import CurriculumSettings
 from acgkd_fast.distill.objectives import distillation_divergence, distillation_loss, feature_distance
 from acgkd_fast.distill.projector import teacher_parts
@@ -104,6 +105,19 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(teacher, pool, level, margin)
         distance = sum((h[span].mean(0) - wanted[span].mean(0)).square().mean() for span in spans) / 3
     expected = 0.7 * kl + 0.2 * (answer - target).square().mean() + 0.4 * distance
     torch.testing.assert_close(lesson.loss(graphs, positions), expected)
+
+
+def test_the_teacher_is_asked_once_for_equal_graphs_and_anew_for_others(teacher, pool, monkeypatch):
+    asked = []
+    parts = teacher_parts(teacher)
+    counted = dataclasses.replace(parts, embed=lambda graphs: asked.append(graphs) or parts.embed(graphs))
+    monkeypatch.setattr(student_module, "teacher_parts", lambda _: counted)
+    settings = changed(epochs=3, batch_size=4, reuse_classifier=True, feature_weight=1.0)
+    distill_student(teacher, pool, "gcn3-8", settings)
+    assert len(asked) == 1
+    asked.clear()
+    distill_student(teacher, lambda epoch: pool.select(torch.arange(epoch + 4)), "gcn3-8", settings)
+    assert [graphs.num_graphs for graphs in asked] == [4, 5, 6]
 
 
 @pytest.mark.parametrize("fresh", [True, False])

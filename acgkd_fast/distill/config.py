@@ -20,6 +20,8 @@ from .temperature import AdversarySettings
 # Mean nodes of the largest graphs that the number of steps was chosen on, and what more steps may cost.
 _NODES = 25
 _LONGEST = 4.0
+# Chosen on MUTAG, IMDB-BINARY and house or cycle (docs/research.md, section 13).
+_PERTURBATION = 0.2
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,11 @@ class RunConfig:
         scale_steps: whether ``refine.steps``, chosen on graphs of up to 25 nodes, are taken in proportion to the mean
             number of nodes of larger ones, up to four times (:attr:`search`); False takes them as they are.
         learn: the gradient stage; ``steps = 0`` leaves it out.
-        refine: the search over hard graphs; ``steps = 0`` leaves it out. Labels are dealt after a quarter of it,
-            and a graph need not be surer of its class than a cross-entropy of 0.5.
-        perturb: the largest share of a graph's edges and node features that is changed anew in every epoch of the
-            student (:func:`~.perturbed.perturbed_pool`), so that it cannot learn the pool by heart; 0 teaches the pool
-            as it is. With ``student.redraw`` the graphs are drawn anew in its place.
+        refine: the search over hard graphs; ``steps = 0`` leaves it out. Labels are dealt after a quarter of it.
+        perturbation: the largest probability with which, anew in every epoch of the student, an edge or a node's
+            features change (:func:`~.perturbed.perturbed_pool`), so that it cannot learn the pool by heart; 0 teaches
+            the pool as it is. None: see :meth:`pool_perturbation`. With ``student.redraw`` the graphs are drawn anew
+            in its place.
         student: training of the student.
     """
 
@@ -51,8 +53,8 @@ class RunConfig:
     scale_steps: bool = True
     prior: GraphPrior = field(default_factory=GraphPrior)
     learn: LearnSettings = field(default_factory=lambda: LearnSettings(steps=0))
-    refine: RefineSettings = field(default_factory=lambda: RefineSettings(cap=0.5, unlabelled=0.25))
-    perturb: float = 0.2
+    refine: RefineSettings = field(default_factory=lambda: RefineSettings(unlabelled=0.25))
+    perturbation: float | None = None
     student: StudentSettings = field(default_factory=StudentSettings)
 
     def __post_init__(self) -> None:
@@ -60,7 +62,9 @@ class RunConfig:
         check(0.0 < self.xi <= 1.0, "xi", "a number in (0, 1]", self.xi)
         steps = self.prior_steps
         check(is_integer(steps) and steps >= 0, "prior_steps", "0 or more", steps)
-        check(is_number(self.perturb) and 0.0 <= self.perturb < 1.0, "perturb", "a number in [0, 1)", self.perturb)
+        share = self.perturbation
+        fits = share is None or (is_number(share) and 0.0 <= share < 1.0)
+        check(fits, "perturbation", "None or a number in [0, 1)", share)
         check(isinstance(self.scale_steps, bool), "scale_steps", "True or False", self.scale_steps)
         if self.student.redraw and (self.learn.steps == 0 or self.refine.steps > 0):
             raise InputError(
@@ -76,6 +80,20 @@ class RunConfig:
         mean = (self.prior.min_nodes + self.prior.max_nodes) / 2
         factor = min(max(mean / _NODES, 1.0), _LONGEST)
         return dataclasses.replace(self.refine, steps=round(factor * self.refine.steps))
+
+    def pool_perturbation(self, *, constrained: bool = False) -> float:
+        """`perturbation`, or where that is None 0.2, and 0 for graphs that must stay as they are.
+
+        Perturbed graphs need not keep what the search had to: neither degrees, nor a constraint, nor (by default)
+        connectivity. Who bounds degrees or states a constraint gets a pool that keeps to it.
+
+        Args:
+            constrained: whether the search has a constraint of the user's own.
+        """
+        if self.perturbation is not None:
+            return self.perturbation
+        bounded = constrained or self.refine.keep_degrees or self.refine.max_degree is not None
+        return 0.0 if bounded else _PERTURBATION
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

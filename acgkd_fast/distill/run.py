@@ -48,7 +48,7 @@ from .witness import pool_size, pool_witness
 _SAVE_SECONDS = 20.0
 _REFINE_STEPS = 50
 _LEARN_STEPS = 10
-# Students that agree less with their teacher on the very graphs they learned from have not learned.
+# Students that agree less with their teacher on the pool, before its graphs are perturbed, have not learned.
 _AGREEMENT = 0.7
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -82,6 +82,7 @@ class Run:
         resume: go on with what an interrupted run left in the folder.
         progress: called with (stage, step, of how many, values).
         constraint: which graphs the search may make, see :class:`~.refiner.Refiner`. A resumed run needs the same.
+            Students then learn from the pool as it is unless the settings perturb it (:class:`RunConfig`).
 
     Raises:
         InputError: a folder in use, nothing to resume, a folder whose settings differ, or a teacher whose
@@ -143,9 +144,13 @@ class Run:
             if not record.exists():
                 raise InputError(f"resume: expected an interrupted run in {self.folder}, got no config.json there")
             earlier = json.loads(record.read_text())
-            same = all(earlier.get(key) == self.description[key] for key in ("student", "settings"))
-            if not same:
-                raise InputError(f"resume: expected the settings that {record} records, got different ones")
+            now, before = _flat(self.description), _flat(earlier)
+            names = [name for name in now | before if name.startswith(("student", "settings"))]
+            other = [name.removeprefix("settings.") for name in names if now.get(name) != before.get(name)]
+            if other:
+                raise InputError(
+                    f"resume: expected the settings that {record} records, got others of {', '.join(other)}"
+                )
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise InputError(f"out: expected an empty or new folder (or --resume), got {self.folder} with files in it")
         else:
@@ -279,7 +284,8 @@ class Run:
     def _pool(self, graphs: GraphBatch) -> Pool:
         """What a student learns from: the pool, perturbed anew, or with `redraw` drawn anew, every epoch."""
         if not self.config.student.redraw:
-            return perturbed_pool(graphs, self.config.perturb, seed=self.config.seed)
+            share = self.config.pool_perturbation(constrained=self._constraint is not None)
+            return perturbed_pool(graphs, share, seed=self.config.seed)
         learned = self._learn(graphs)
         after = self.config.learn.steps + 1
         return lambda epoch: learned.harden(seed=self.config.seed, step=after + epoch)
@@ -358,6 +364,14 @@ class Run:
     def _report(self, stage: str, step: int, total: int, values: dict[str, float]) -> None:
         self.metrics.write(stage, step, values)
         self._progress(stage, step, total, values)
+
+
+def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested settings by dotted path."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {f"{path}{name}": value}
+    return flat
 
 
 class _Saver:
