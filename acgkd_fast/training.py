@@ -130,7 +130,7 @@ def recalibrate_batch_norm(model: nn.Module, graphs: GraphBatch, call: Callable[
 
     Args:
         model: in eval mode; stays in it.
-        graphs: all that the model learned from; one pass holds them at once.
+        graphs: those of one epoch, all of them; one pass holds them at once.
         call: runs the model on them.
     """
     norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm1d) and layer.running_mean is not None]

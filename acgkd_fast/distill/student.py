@@ -158,7 +158,7 @@ def pool_agreement(
 
     Args:
         teacher, student: the student in eval mode, answering in the teacher's unit.
-        pool: the graphs it learned from.
+        pool: the graphs it learned from, or that were perturbed for it.
         settings: it learned by; temperature and margin count. Default: the default ones.
 
     Returns:
@@ -185,7 +185,7 @@ class _Lesson:
     """What the epoch loop asks for: the graphs of an epoch, the loss of a mini-batch, figures to report.
 
     Nothing here is carried from epoch to epoch, so that a resumed training needs no state beyond the
-    modules': the teacher's answers are the same every time, and a self-paced curriculum looks at the student
+    modules': the teacher's answers are the same for equal graphs, and a self-paced curriculum looks at the student
     as it is.
     """
 
