@@ -86,6 +86,23 @@ def test_labels_decide_where_k_finds_trees(monkeypatch):
     assert found.prior.mean_degree == found.label_degree and abs(found.label_degree - 7.0) <= 1.0
 
 
+def test_labels_are_looked_for_in_graphs_that_may_fall_apart(monkeypatch):
+    """Connected trees cannot have the labels of dense graphs, and K would not come near."""
+    from acgkd_fast.distill import prior_search as module
+
+    searched = []
+
+    class Noted(module.Refiner):
+        def __init__(self, teacher, graphs, settings, **options):
+            searched.append((settings.steps, settings.connected))
+            super().__init__(teacher, graphs, settings, **options)
+
+    monkeypatch.setattr(module, "Refiner", Noted)
+    prior = replace(PRIOR, feature_kind="degree")
+    found = find_prior(calibrated("gcn3-32", 7.0, prior), prior, num_graphs=16, steps=20)
+    assert searched.count((60, False)) == 1 and searched.count((20, True)) == len(found.tried)
+
+
 def test_labels_ask_for_no_more_than_graphs_can_hold(monkeypatch):
     small = af.GraphPrior(5, 7, feature_kind="degree", **PLAIN)
     monkeypatch.setattr("acgkd_fast.distill.prior_search._HOPELESS", 0.0)

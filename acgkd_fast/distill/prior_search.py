@@ -210,14 +210,15 @@ class _Trials:
     def label_degree(self, prior: GraphPrior) -> float | None:
         if prior.feature_kind != "degree":
             return None
-        longer = self._search(prior, _LABEL_STEPS * self.steps)
+        # Trees that must stay connected keep K from the labels of dense graphs; only the labels are looked at here.
+        longer = self._search(prior, _LABEL_STEPS * self.steps, connected=False)
         if longer.k is None or longer.k > K_WARNING:
             return None
         return float(longer.graphs.x.argmax(1).median())
 
-    def _search(self, prior: GraphPrior, steps: int) -> RefineResult:
+    def _search(self, prior: GraphPrior, steps: int, *, connected: bool = True) -> RefineResult:
         start = start_graphs(self.teacher, prior, self.num_graphs, seed=self.seed)
-        settings = RefineSettings(steps=steps, w_ce=0.0)
+        settings = RefineSettings(steps=steps, w_ce=0.0, connected=connected)
         refiner = Refiner(self.teacher, start, settings, seed=self.seed, feature_kind=prior.feature_kind)
         refiner.advance(steps)
         return refiner.result()
