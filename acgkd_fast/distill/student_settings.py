@@ -27,7 +27,7 @@ class StudentSettings:
             are those at which students agree with their teacher on the pool itself (docs/student.md).
         clip_norm: longest gradient of a step; 0 does not clip. Gradients are tens to hundreds long at first, and
             Adam's second moments remember that when they have become short.
-        recalibrate: after the last epoch, BatchNorm statistics from one pass over its graphs in place of the
+        recalibrate: after the last epoch, BatchNorm statistics from one pass over that epoch's graphs in place of the
             running averages over mini-batches.
         dropout: on the logits of a student given by name. GFKD has 0.5 there, which only keeps the
             student from matching the teacher's logits.
