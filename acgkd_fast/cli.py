@@ -140,6 +140,9 @@ def train_teacher(
 @click.option("--hub-share", type=float, help="Prior: chance that a node joins a hub, 0 to 1 [default: looked for].")
 @click.option("--size-spread", type=float, help="Prior: deviation of the node counts over their mean; 0 is uniform.")
 @click.option("--degree-growth", type=float, help="Prior: power of its size that a graph's mean degree grows with.")
+@click.option(
+    "--ego-networks/--no-ego-networks", default=None, help="Prior: one node knows all, groups [default: looked for]."
+)
 @click.option("--feature-kind", help="Prior: one-hot, continuous, degree or constant [default: the teacher's].")
 @click.option("--xi", type=float, help="Spatial complexity parameter of the learning stage, in (0, 1].")
 @click.option("--learn-steps", type=int, help="Steps of the gradient stage; 0 leaves it out.")
@@ -147,6 +150,9 @@ def train_teacher(
     "--refine-steps",
     type=int,
     help="Steps of the search for graphs of up to 25 nodes (larger ones: up to four times as many); 0 leaves it out.",
+)
+@click.option(
+    "--start-share", type=float, help="Share of the graphs not searched [default: 0.5 if features are degrees, else 0]."
 )
 @click.option("--proposals", type=int, help="Search: candidate edits per graph and step, the best of which is tried.")
 @click.option("--two-hop", type=float, help="Search: chance that a new edge closes a triangle.")
@@ -229,6 +235,7 @@ def _changes(options: dict[str, Any]) -> dict[str, Any]:
         "prior.feature_kind": options["feature_kind"],
         "learn.steps": options["learn_steps"],
         "refine.steps": options["refine_steps"],
+        "start_share": options["start_share"],
         **{f"refine.{name}": options[name] for name in _SEARCH},
         "perturbation": options["perturb"],
         "student.epochs": options["epochs"],

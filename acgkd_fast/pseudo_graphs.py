@@ -17,7 +17,7 @@ from .propagate import readout
 
 FEATURE_KINDS = ("one-hot", "continuous", "degree", "constant")
 # Fields of a prior that a run looks for where they are None.
-SHAPE = ("mean_degree", "hub_share", "size_spread", "degree_growth")
+SHAPE = ("mean_degree", "hub_share", "size_spread", "degree_growth", "ego_networks")
 # Start of a learnable edge: present in nine draws of ten.
 _PRESENT = 0.9
 _UNKNOWN_DEGREE = 2.05
@@ -43,15 +43,18 @@ class GraphPrior:
             down to 0.001); "one-hot" only. Start graphs and random pools draw labels by it; None: all equally often.
             With ``relabel=0`` the search keeps to it, which helped students of GCN teachers without BatchNorm and
             none of GIN's (docs/research.md).
-        hub_share: chance that a node of a start graph joins the graph's first node, as replies join a thread.
+        hub_share: chance that a node of a start graph joins the graph's first node, as replies join a thread; the mean
+            over the graphs, each of which has its own share between 0 and 1.
         size_spread: 0 for node counts uniform on the range. Above 0 they are lognormal with this standard deviation, as
             a share of their mean (min_nodes + max_nodes) / 2, and may lie outside the range.
         degree_growth: the mean degree of a graph grows with its number of nodes to this power; 0 in molecules, 1 where
             every pair is equally likely, as in networks of collaborators.
+        ego_networks: whether start graphs are ego networks (:func:`~.distill.ego_networks.random_ego_networks`) in
+            place of trees with rings; `hub_share` then means nothing.
 
     Raises:
         InputError: an empty or non-positive node range, a mean degree that is not above 0, an unknown kind, shares that
-            are none, or a hub share, spread or growth out of its range.
+            are none, a hub share, spread or growth out of its range, or ego_networks neither None nor True or False.
     """
 
     min_nodes: int = 10
@@ -62,6 +65,7 @@ class GraphPrior:
     hub_share: float | None = None
     size_spread: float | None = 0.0
     degree_growth: float | None = None
+    ego_networks: bool | None = None
 
     def __post_init__(self) -> None:
         nodes = (self.min_nodes, self.max_nodes)
@@ -76,6 +80,8 @@ class GraphPrior:
             value = getattr(self, name)
             known = value is None or (is_number(value) and 0.0 <= value <= most)
             check(known, name, f"None or a number in [0, {most:g}]", value)
+        egos = self.ego_networks
+        check(egos is None or isinstance(egos, bool), "ego_networks", "None, True or False", egos)
         check_choice("feature_kind", self.feature_kind, FEATURE_KINDS)
         shares = self.label_shares
         if shares is not None:

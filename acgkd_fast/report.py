@@ -127,18 +127,13 @@ def _prior(rows: Sequence[dict[str, Any]]) -> list[str]:
     if not tried:
         return []
     named = {"mean_degree": "mean degree", "hub_share": "hub share", "size_spread": "spread of sizes"}
-    named |= {"degree_growth": "growth of degrees", "k": "K after a short search"}
+    named |= {"degree_growth": "growth of degrees", "ego_networks": "ego networks", "k": "K"}
     head = "".join(f"<th>{text}</th>" for text in named.values())
     body = "".join("<tr>" + "".join(f"<td>{row[name]:.3g}</td>" for name in named) + "</tr>" for row in tried)
     last = [row for row in rows if "k" not in row][-1:]
     chosen = "".join(
         "<p>Chosen: " + ", ".join(f"{named[name]} {_figures(row[name])}" for name in named if name in row) + ".</p>"
         for row in last
-    )
-    chosen += "".join(
-        f"<p>Median node label after a longer search, where labels are degrees: {row['label_degree']:.3g}.</p>"
-        for row in last
-        if "label_degree" in row
     )
     return [f"<h2>Start graphs tried</h2><table><tr>{head}</tr>{body}</table>{chosen}"]
 

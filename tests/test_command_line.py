@@ -55,12 +55,12 @@ def test_distill_command_and_resume(tmp_path, teacher_file):
 
 def test_what_the_command_line_says_of_the_graphs(tmp_path, teacher_file):
     out = tmp_path / "run"
-    small = ("--num-graphs", 8, "--refine-steps", 30, "--epochs", 2, "--perturb", 0.3)
+    small = ("--num-graphs", 8, "--refine-steps", 30, "--epochs", 2, "--perturb", 0.3, "--start-share", 0.25)
     shape = ("--mean-nodes", 8, "--mean-degree", 3.0, "--hub-share", 0.25)
     result = invoke("distill", "--teacher", teacher_file, "--out", out, *small, *shape)
     assert result.exit_code == 0, result.output
     settings = json.loads((out / "config.json").read_text())["settings"]
-    assert settings["perturbation"] == 0.3
+    assert (settings["perturbation"], settings["start_share"]) == (0.3, 0.25)
     prior = settings["prior"]
     assert (prior["min_nodes"], prior["max_nodes"]) == (4, 12)
     assert (prior["mean_degree"], prior["hub_share"], prior["size_spread"]) == (3.0, 0.25, None)
@@ -69,6 +69,7 @@ def test_what_the_command_line_says_of_the_graphs(tmp_path, teacher_file):
     assert {row["size_spread"] for row in tried} == {0.0, 0.5, 1.0}
     assert {(row["mean_degree"], row["hub_share"]) for row in tried} == {(3.0, 0.25)}
     stated = ("--mean-nodes", 8, "--size-spread", 0.5, "--degree-growth", 1, "--mean-degree", 3, "--hub-share", 0)
+    stated += ("--no-ego-networks",)
     result = invoke("distill", "--teacher", teacher_file, "--out", tmp_path / "other", *small, *stated)
     assert result.exit_code == 0, result.output
     text = (tmp_path / "other" / "metrics.jsonl").read_text()

@@ -10,11 +10,12 @@ from search_helpers import PlainTeacher
 
 import acgkd_fast as af
 from acgkd_fast.distill.prior_search import FoundPrior, Trial, find_prior
+from acgkd_fast.distill.witness import pool_witness
 from acgkd_fast.errors import InputError
 from acgkd_fast.nn.models import build_model
 
 # What is stated is not looked for: of these, the density alone.
-PLAIN = {"hub_share": 0.0, "degree_growth": 0.0}
+PLAIN = {"hub_share": 0.0, "degree_growth": 0.0, "ego_networks": False}
 PRIOR = af.GraphPrior(14, 20, feature_kind="one-hot", **PLAIN)
 
 
@@ -68,54 +69,27 @@ def test_gives_up_on_graphs_that_are_hopelessly_dense():
     assert all(k <= 10.0 * min(ks[: i + 1]) for i, k in enumerate(ks[:-1]))
 
 
-@pytest.mark.parametrize("degree", [5.0, 7.0])
-def test_labels_that_are_degrees_tell_the_density(degree):
-    prior = replace(PRIOR, feature_kind="degree")
-    found = find_prior(calibrated("gcn3-32", degree, prior), prior, num_graphs=32, steps=150)
-    assert found.label_degree is not None and abs(found.label_degree - degree) <= 1.0
-    least = min(trial.k for trial in found.tried)
-    by_k = next(trial.mean_degree for trial in found.tried if trial.k <= 2.0 * least)
-    assert round(found.prior.mean_degree, 2) == max(by_k, found.label_degree)
+@pytest.mark.parametrize("arch", ["gcn3-32", "gin3-32"])
+@pytest.mark.parametrize(("name", "degree"), [("plain", 4.02), ("hubs", 2.87), ("egos", 7.88)])
+def test_start_graphs_whose_features_are_degrees_tell_density_and_shape(arch, name, degree):
+    """Without a search, also for a teacher whose normalisation hides degrees."""
+    unknown = af.GraphPrior(14, 20, size_spread=None, feature_kind="degree")
+    drawn = replace(unknown, **SHAPES[name])
+    teacher = calibrated(arch, degree, drawn, draw=af.start_graphs)
+    found = find_prior(teacher, unknown, num_graphs=32, steps=1)
+    assert found.prior.mean_degree == pytest.approx(degree, rel=0.01)
+    assert {field: getattr(found.prior, field) for field in SHAPES[name]} == SHAPES[name]
+    best = min(found.tried, key=lambda trial: trial.k)
+    assert found.alike == () and round(found.prior.mean_degree, 2) == best.mean_degree
+    again = af.start_graphs(teacher, found.prior, 400, seed=0)
+    assert pool_witness(teacher, again)["k"] == pytest.approx(best.k)
+    assert find_prior(teacher, unknown, num_graphs=32, tried=found.tried[:3]) == found
 
 
-def test_labels_decide_where_k_finds_trees(monkeypatch):
-    prior = replace(PRIOR, feature_kind="degree")
-    monkeypatch.setattr("acgkd_fast.distill.prior_search._HOPELESS", 0.0)
-    found = find_prior(calibrated("gcn3-32", 7.0, prior), prior, num_graphs=32, steps=300)
-    assert len(found.tried) == 1
-    assert found.prior.mean_degree == found.label_degree and abs(found.label_degree - 7.0) <= 1.0
-
-
-def test_labels_are_looked_for_in_graphs_that_may_fall_apart(monkeypatch):
-    """Connected trees cannot have the labels of dense graphs, and K would not come near."""
-    from acgkd_fast.distill import prior_search as module
-
-    searched = []
-
-    class Noted(module.Refiner):
-        def __init__(self, teacher, graphs, settings, **options):
-            searched.append((settings.steps, settings.connected))
-            super().__init__(teacher, graphs, settings, **options)
-
-    monkeypatch.setattr(module, "Refiner", Noted)
-    prior = replace(PRIOR, feature_kind="degree")
-    found = find_prior(calibrated("gcn3-32", 7.0, prior), prior, num_graphs=16, steps=20)
-    assert searched.count((60, False)) == 1 and searched.count((20, True)) == len(found.tried)
-
-
-def test_labels_ask_for_no_more_than_graphs_can_hold(monkeypatch):
-    small = af.GraphPrior(5, 7, feature_kind="degree", **PLAIN)
-    monkeypatch.setattr("acgkd_fast.distill.prior_search._HOPELESS", 0.0)
-    found = find_prior(calibrated("gcn3-32", 9.0, replace(PRIOR, feature_kind="degree")), small, steps=600)
-    assert found.label_degree is not None and found.label_degree > 4.0
-    assert found.prior.mean_degree == 0.8 * 5
-
-
-def test_labels_are_not_asked_where_the_search_has_not_come_near():
-    prior = replace(PRIOR, feature_kind="degree")
-    found = find_prior(calibrated("gcn3-32", 7.0, prior), prior, num_graphs=32, steps=1)
-    assert found.label_degree is None
-    assert round(found.prior.mean_degree, 2) == min(found.tried, key=lambda trial: trial.k).mean_degree
+def test_a_stated_density_is_kept_where_features_are_degrees():
+    unknown = af.GraphPrior(14, 20, mean_degree=5.0, feature_kind="degree")
+    found = find_prior(calibrated("gin3-32", 5.0, replace(unknown, **SHAPES["egos"])), unknown, num_graphs=8)
+    assert {trial.mean_degree for trial in found.tried} == {5.0} and found.prior.mean_degree == 5.0
 
 
 def test_a_stated_density_and_a_teacher_without_batch_norm_end_the_search():
@@ -128,13 +102,13 @@ def test_a_stated_density_and_a_teacher_without_batch_norm_end_the_search():
 
 
 SHAPES = {
-    "plain": {"hub_share": 0.0, "size_spread": 0.0, "degree_growth": 0.0},
-    "hubs": {"hub_share": 0.5, "size_spread": 0.0, "degree_growth": 0.0},
-    "spread": {"hub_share": 0.0, "size_spread": 1.0, "degree_growth": 1.0},
+    "plain": {"hub_share": 0.0, "size_spread": 0.0, "degree_growth": 0.0, "ego_networks": False},
+    "hubs": {"hub_share": 0.5, "size_spread": 0.0, "degree_growth": 0.0, "ego_networks": False},
+    "egos": {"hub_share": 0.0, "size_spread": 0.5, "degree_growth": 1.0, "ego_networks": True},
 }
 
 
-@pytest.mark.parametrize(("name", "degree"), [("plain", 2.05), ("hubs", 2.05), ("spread", 6.0)])
+@pytest.mark.parametrize(("name", "degree"), [("plain", 2.05), ("hubs", 2.05), ("egos", 6.0)])
 def test_finds_the_shape_that_the_statistics_come_from(name, degree):
     unknown = af.GraphPrior.around(30, mean_degree=degree, feature_kind="one-hot")
     teacher = calibrated("gin3-32", degree, replace(unknown, **SHAPES[name]), draw=af.start_graphs)
@@ -142,9 +116,10 @@ def test_finds_the_shape_that_the_statistics_come_from(name, degree):
     assert [trial.mean_degree for trial in found.tried] == [degree] * 4
     # Spreads of a half and of one may be as near.
     assert found.prior.hub_share == SHAPES[name]["hub_share"]
-    assert (found.prior.size_spread > 0.0) == (found.prior.degree_growth > 0.0) == (name == "spread")
+    assert (found.prior.size_spread > 0.0) == (found.prior.degree_growth > 0.0) == (name == "egos")
     ks = [trial.k for trial in found.tried]
     chosen = next(trial.k for trial in found.tried if trial.k <= 2.0 * min(ks))
+    assert found.prior.ego_networks == (name == "egos")
     kind = (found.prior.hub_share, found.prior.size_spread, found.prior.degree_growth, chosen)
     assert kind in [(trial.hub_share, trial.size_spread, trial.degree_growth, trial.k) for trial in found.tried]
 

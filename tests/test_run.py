@@ -17,6 +17,7 @@ from acgkd_fast.distill.config import RunConfig
 from acgkd_fast.distill.metrics import MetricsLog
 from acgkd_fast.distill.pool import start_graphs
 from acgkd_fast.distill.run import Evaluation, Run
+from acgkd_fast.distill.student import teacher_logits
 from acgkd_fast.errors import DataError, InputError
 from acgkd_fast.pseudo_graphs import GraphPrior
 from acgkd_fast.report import result_table, write_report
@@ -85,7 +86,11 @@ def test_whole_run(tmp_path, changes):
     assert metadata["arch"] == "gcn3-32" and student.num_features == WIDTH
     pool, _ = checkpoints.load_graphs(tmp_path / "run" / "pseudo_graphs.safetensors")
     assert pool.num_graphs == 12 and int(pool.sizes.min()) >= 5 and int(pool.sizes.max()) <= 8
-    assert (pool.y.bincount() == 6).all()
+    if changes == {"refine.steps": 0}:
+        # Nobody has made them fit labels of their own, so they have the teacher's.
+        assert torch.equal(pool.y, teacher_logits(as_teacher(teacher), pool).argmax(1))
+    else:
+        assert (pool.y.bincount() == 6).all()
     with safe_open(tmp_path / "run" / "student.safetensors", "pt") as file:
         assert file.keys()
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -100,10 +105,60 @@ def test_whole_run(tmp_path, changes):
     assert said["k"] > 0.0 and 0.0 <= said["agreement"] <= 1.0 and said["peak_memory_mib"] > 1.0
     assert (said["candidates"] > 0) == (changes.get("learn.steps", 0) > 0)
     *tried, found = [line for line in lines if line["stage"] == "prior"]
-    kinds = [[line[name] for name in ("hub_share", "size_spread", "degree_growth")] for line in tried]
+    shape = ("hub_share", "size_spread", "degree_growth", "ego_networks")
+    kinds = [[line[name] for name in shape] for line in tried]
     assert len(tried) > 1 and "k" not in found
-    assert [found[name] for name in ("hub_share", "size_spread", "degree_growth")] in kinds
+    assert [found[name] for name in shape] in kinds
     assert round(found["mean_degree"], 2) in [line["mean_degree"] for line in tried]
+
+
+DEGREES = {"prior.feature_kind": "degree"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({}, 6),
+        ({"start_share": 0.25}, 3),
+        ({"start_share": 0.0}, 0),
+        ({"start_share": 1.0}, 12),
+        ({"refine.steps": 0}, 12),
+    ],
+    ids=["default", "a quarter", "none", "all", "no search"],
+)
+def test_start_graphs_whose_features_are_degrees_stay(tmp_path, changes, kept):
+    teacher = make_teacher(width=6)
+    run = Run(tmp_path / "run", teacher, make_config(**DEGREES, **changes))
+    pool = run.make_graphs()
+    start = start_graphs(as_teacher(teacher), run.prior, 12, seed=run.config.seed)
+    assert torch.equal(pool.sizes, start.sizes)
+
+    def alike(graph):
+        one, other = pool.select([graph]), start.select([graph])
+        return torch.equal(one.x, other.x) and torch.equal(one.edges.col, other.edges.col)
+
+    assert [alike(graph) for graph in range(12)] == [False] * (12 - kept) + [True] * kept
+    stay = torch.arange(12 - kept, 12)
+    answers = teacher_logits(as_teacher(teacher), pool).argmax(1)
+    assert torch.equal(pool.y[stay], answers[stay])
+    # Of the others the search deals labels anew, each as often as before.
+    assert torch.equal(pool.y[: 12 - kept].bincount(minlength=2), start.y[: 12 - kept].bincount(minlength=2))
+    degrees = pool.edges.rowptr.diff().long().clamp(max=5)
+    assert torch.equal(pool.x.argmax(1)[pool.batch() >= 12 - kept], degrees[pool.batch() >= 12 - kept])
+
+
+def test_which_start_graphs_stay():
+    degrees = make_config(**DEGREES)
+    assert make_config().kept_share() == 0.0 and degrees.kept_share() == 0.5
+    assert degrees.kept_share(constrained=True) == 0.0
+    for bounded in ({"refine.max_degree": 3}, {"refine.keep_degrees": True}, {"learn.steps": 5}):
+        assert degrees.with_settings(bounded).kept_share() == 0.0
+    assert degrees.with_settings({"start_share": 0.1, "refine.max_degree": 3}).kept_share() == 0.1
+    for wrong in (-0.1, 1.5, "half"):
+        with pytest.raises(InputError, match=r"start_share: expected None or a number in \[0, 1\]"):
+            make_config(start_share=wrong)
+    with pytest.raises(InputError, match=r"start_share: expected None or 0 with a learning stage, got 0\.5"):
+        make_config(**{"start_share": 0.5, "learn.steps": 5})
 
 
 def test_a_run_from_several_mean_degrees(tmp_path):

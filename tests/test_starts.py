@@ -162,6 +162,21 @@ def test_trees_among_growing_degrees_leave_the_mean_as_it_was(mean, spread):
     assert pool.edges.num_edges / pool.num_nodes == pytest.approx(2.1, abs=0.05)
 
 
+def test_hubs_differ_from_graph_to_graph():
+    teacher = as_teacher(build_model("gcn3-8", 4, 2))
+    for mean in (0.5, 0.2):
+        prior = GraphPrior(200, 200, mean_degree=1.99, hub_share=mean)
+        pool = start_graphs(teacher, prior, 60, seed=1)
+        first = pool.edges.rowptr.diff()[pool.ptr[:-1]].double() / 199
+        assert first.mean() == pytest.approx(mean, abs=0.1) and first.min() < 0.1 and first.max() > 0.8
+    stars = start_graphs(teacher, GraphPrior(9, 9, mean_degree=1.0, hub_share=1.0), 5, seed=1)
+    assert bool((stars.edges.rowptr.diff()[stars.ptr[:-1]] == 8).all())
+    each = torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64)
+    plain, star, _ = graphs_of(random_trees([30] * 3, extra_edges=0.0, hub_share=each, seed=4))
+    assert set(plain.edges) == set(graphs_of(random_trees([30], extra_edges=0.0, seed=4))[0].edges)
+    assert all(0 in edge for edge in star.edges)
+
+
 def test_graphs_do_not_depend_on_their_batch():
     sizes, ids = [7, 12, 1, 30, 5], [4, 900, 2**32 - 1, 0, 17]
     together = graphs_of(random_trees(sizes, extra_edges=2.4, hub_share=0.2, seed=8, graph_ids=ids))
@@ -266,7 +281,7 @@ def test_graph_uniforms_come_from_the_documented_words():
         (lambda: sample_sizes((1, 4), 1, seed=0, spread=float("inf")), "spread: expected"),
         (lambda: GraphPrior(mean_degree=()), "mean_degree: expected None, a number above 0 or several"),
         (lambda: GraphPrior(mean_degree=(2.0, 0.0)), "mean_degree: expected None, a number above 0 or several"),
-        (lambda: random_trees([3], hub_share=1.5, seed=0), "hub_share: expected a share in"),
+        (lambda: random_trees([3], hub_share=1.5, seed=0), "hub_share: expected a finite number of shares, in"),
         (lambda: random_graphs([3], torch.ones(2), seed=0), "mean_degree: expected"),
         (lambda: sample_sizes((1, 4), 1, seed=0, spread=-0.1), "spread: expected"),
         (lambda: GraphPrior.around(1), "mean_nodes: expected 2 or more"),

@@ -21,6 +21,7 @@ from .temperature import AdversarySettings
 _NODES = 25
 _LONGEST = 4.0
 # Chosen on MUTAG, IMDB-BINARY and house or cycle (docs/research.md, section 13).
+_START_SHARE = 0.5
 _PERTURBATION = 0.2
 
 
@@ -39,6 +40,10 @@ class RunConfig:
             number of nodes of larger ones, up to four times (:attr:`search`); False takes them as they are.
         learn: the gradient stage; ``steps = 0`` leaves it out.
         refine: the search over hard graphs; ``steps = 0`` leaves it out. Labels are dealt after a quarter of it.
+        start_share: share of the pool that stays as it starts, in [0, 1]; the others are searched. Where node features
+            are degrees, the search takes them for labels that it may change, so that its graphs lose what start graphs
+            have: features that are the degrees of their nodes (docs/research.md, section 16). None: see
+            :meth:`kept_share`. Not with a learning stage.
         perturbation: the largest probability with which, anew in every epoch of the student, an edge or a node's
             features change (:func:`~.perturbed.perturbed_pool`), so that it cannot learn the pool by heart; 0 teaches
             the pool as it is. None: see :meth:`pool_perturbation`. With ``student.redraw`` the graphs are drawn anew
@@ -54,6 +59,7 @@ class RunConfig:
     prior: GraphPrior = field(default_factory=GraphPrior)
     learn: LearnSettings = field(default_factory=lambda: LearnSettings(steps=0))
     refine: RefineSettings = field(default_factory=lambda: RefineSettings(unlabelled=0.25))
+    start_share: float | None = None
     perturbation: float | None = None
     student: StudentSettings = field(default_factory=StudentSettings)
 
@@ -66,6 +72,10 @@ class RunConfig:
         fits = share is None or (is_number(share) and 0.0 <= share < 1.0)
         check(fits, "perturbation", "None or a number in [0, 1)", share)
         check(isinstance(self.scale_steps, bool), "scale_steps", "True or False", self.scale_steps)
+        kept = self.start_share
+        fits = kept is None or (is_number(kept) and 0.0 <= kept <= 1.0)
+        check(fits, "start_share", "None or a number in [0, 1]", kept)
+        check(not kept or self.learn.steps == 0, "start_share", "None or 0 with a learning stage", kept)
         if self.student.redraw and (self.learn.steps == 0 or self.refine.steps > 0):
             raise InputError(
                 "student.redraw: expected a learning stage and no refinement, whose hard graphs cannot be drawn anew, "
@@ -81,6 +91,23 @@ class RunConfig:
         factor = min(max(mean / _NODES, 1.0), _LONGEST)
         return dataclasses.replace(self.refine, steps=round(factor * self.refine.steps))
 
+    def kept_share(self, *, constrained: bool = False) -> float:
+        """`start_share`, or where that is None a half where node features are degrees, and 0 elsewhere.
+
+        It is 0 too after a learning stage, and where the user bounds degrees or states a constraint, which start graphs
+        need not keep to.
+
+        Args:
+            constrained: whether the search has a constraint of the user's own.
+        """
+        if self.start_share is not None:
+            return self.start_share
+        all_searched = self.prior.feature_kind != "degree" or self.learn.steps > 0 or self._is_bounded(constrained)
+        return 0.0 if all_searched else _START_SHARE
+
+    def _is_bounded(self, constrained: bool) -> bool:
+        return constrained or self.refine.keep_degrees or self.refine.max_degree is not None
+
     def pool_perturbation(self, *, constrained: bool = False) -> float:
         """`perturbation`, or where that is None 0.2, and 0 for graphs that must stay as they are.
 
@@ -92,8 +119,7 @@ class RunConfig:
         """
         if self.perturbation is not None:
             return self.perturbation
-        bounded = constrained or self.refine.keep_degrees or self.refine.max_degree is not None
-        return 0.0 if bounded else _PERTURBATION
+        return 0.0 if self._is_bounded(constrained) else _PERTURBATION
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -8,7 +8,15 @@ from ..errors import check
 from ..graphs import EdgeSample, GraphBatch
 from ..pseudo_graphs import GraphPrior
 from ..teachers import Teacher
-from .starts import balanced_labels, prior_degrees, prior_sizes, random_features, random_graphs, random_trees
+from .ego_networks import random_ego_networks
+from .starts import (
+    balanced_labels,
+    prior_degrees,
+    prior_sizes,
+    random_features,
+    random_graphs,
+    random_trees,
+)
 
 _HALVINGS = 50
 
@@ -23,13 +31,29 @@ def start_graphs(teacher: Teacher, prior: GraphPrior, num_graphs: int, *, seed: 
         seed: seed of everything drawn.
 
     Returns:
-        GraphBatch with labels; trees with some rings, of about the prior's mean degree (never below a
+        GraphBatch with labels; trees with some rings, or ego networks, of about the prior's mean degree (never below a
         tree's).
     """
     sizes = _sizes(prior, num_graphs, seed)
-    extra = _beyond_trees(prior_degrees(prior, sizes), torch.tensor(sizes, dtype=torch.float64))
-    edges = random_trees(sizes, extra_edges=extra, hub_share=prior.hub_share or 0.0, seed=seed)
+    degrees = prior_degrees(prior, sizes)
+    if prior.ego_networks:
+        edges = random_ego_networks(sizes, degrees, seed)
+    else:
+        extra = _beyond_trees(degrees, torch.tensor(sizes, dtype=torch.float64))
+        hubs = _hub_shares(prior.hub_share or 0.0, num_graphs, seed)
+        edges = random_trees(sizes, extra_edges=extra, hub_share=hubs, seed=seed)
     return _finish(teacher, prior, edges, seed)
+
+
+def _hub_shares(mean: float, count: int, seed: int) -> torch.Tensor:
+    """Hub shares between 0 and 1 whose mean is as stated, float64 [count]: U^((1 - mean) / mean), evenly at 1/2.
+
+    Some threads are answers to one question and some are conversations. U are (i + 1/2) / count in random order.
+    """
+    if mean == 0.0:
+        return torch.zeros(count, dtype=torch.float64)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return ((order + 0.5) / count) ** ((1.0 - mean) / mean)
 
 
 def _beyond_trees(degrees: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:

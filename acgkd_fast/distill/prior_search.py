@@ -1,5 +1,5 @@
-"""What start graphs should look like, found without data: the density, hubs and spread of sizes from which a short
-search comes closest to K = 0, and, if the features are degrees, what the labels say that a longer one needs."""
+"""What start graphs should look like, found without data: the density and shape that are closest to K = 0, after a
+short search or, if node features are degrees and nothing has to be searched, as they are."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from ..errors import check, is_integer
 from ..pseudo_graphs import GraphPrior
 from ..teachers import Teacher, as_teacher
 from .pool import start_graphs
-from .refine_settings import RefineResult, RefineSettings
+from .refine_settings import RefineSettings
 from .refiner import K_WARNING, Refiner
 from .statistics import BatchNormProbe, warn_without_batch_norm
+from .witness import pool_witness
 
 # Mean degrees to try, as multiples of a tree's with a few rings, up to this share of complete graphs.
 _RATIO = 1.4
@@ -25,14 +26,15 @@ _FULLEST = 0.8
 _HOPELESS = 10.0
 # A factor between the K of two short searches that says nothing once both have come near.
 _TIE = 2.0
-# Labels settle long after K has told one density from another.
-_LABEL_STEPS = 3
+# Nodes of all start graphs whose own K is asked, and how many graphs at most.
+_START_NODES = 8192
+_MOST_STARTS = 400
 # From plain to special: molecules, discussion threads, and networks of collaborators of less or more unequal sizes.
-_SHAPES: tuple[dict[str, float], ...] = (
-    {"hub_share": 0.0, "size_spread": 0.0, "degree_growth": 0.0},
-    {"hub_share": 0.5, "size_spread": 0.0, "degree_growth": 0.0},
-    {"hub_share": 0.0, "size_spread": 0.5, "degree_growth": 1.0},
-    {"hub_share": 0.0, "size_spread": 1.0, "degree_growth": 1.0},
+_SHAPES: tuple[dict[str, float | bool], ...] = (
+    {"hub_share": 0.0, "size_spread": 0.0, "degree_growth": 0.0, "ego_networks": False},
+    {"hub_share": 0.5, "size_spread": 0.0, "degree_growth": 0.0, "ego_networks": False},
+    {"hub_share": 0.0, "size_spread": 0.5, "degree_growth": 1.0, "ego_networks": True},
+    {"hub_share": 0.0, "size_spread": 1.0, "degree_growth": 1.0, "ego_networks": True},
 )
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -40,12 +42,13 @@ Progress = Callable[[int, int, dict[str, float]], None]
 
 @dataclass(frozen=True)
 class Trial:
-    """Start graphs of one kind, fields as in :class:`~acgkd_fast.GraphPrior`, and the K that a short search reached."""
+    """Start graphs of one kind, fields as in :class:`~acgkd_fast.GraphPrior`, and their K, searched or as they are."""
 
     mean_degree: float
     hub_share: float
     size_spread: float
     degree_growth: float
+    ego_networks: bool
     k: float
 
 
@@ -56,17 +59,15 @@ class FoundPrior:
     Attributes:
         prior: the prior that was given, with nothing left unknown.
         alike: mean degrees of the plain shape that K does not tell from the best, from sparse to dense; empty where a
-            mean degree was stated. Graphs of all of them (``dataclasses.replace(prior, mean_degree=alike)``) can teach
-            a student better that sees degrees where its teacher does not (docs/research.md).
+            mean degree was stated or features are degrees. Graphs of all of them
+            (``dataclasses.replace(prior, mean_degree=alike)``) can teach a student better that sees degrees where its
+            teacher does not (docs/research.md).
         tried: all trials in their order; empty where nothing was tried.
-        label_degree: median of the labels after a longer search, where labels are degrees; None where they are not,
-            or where K stayed so high that they mean little.
     """
 
     prior: GraphPrior
     tried: tuple[Trial, ...] = ()
     alike: tuple[float, ...] = ()
-    label_degree: float | None = None
 
 
 def find_prior(
@@ -79,32 +80,30 @@ def find_prior(
     tried: Sequence[Trial] = (),
     progress: Progress | None = None,
 ) -> FoundPrior:
-    """Search from start graphs of several kinds, by K alone, and compare how far each comes.
+    """Compare start graphs of several kinds by K alone, after a short search from each.
 
     The search proper adds and deletes few edges and no nodes, so that it ends near the density, the hubs and the sizes
     that it set out from. First come mean degrees (2.05, 2.9, 4.0 and so on, 1.4 times the last, up to 0.8 of a complete
     graph's or to ten times the least K), then shapes at the density found: plain, half of the nodes joined to a hub,
-    and sizes that spread with degrees that grow with them. Of each the one with the least K is taken; where that is
-    below 0.05, the first in this order whose K is at most twice as much.
+    and ego networks with sizes that spread and degrees that grow with them. Of each the one with the least K is taken;
+    where that is below 0.05, the first in this order whose K is at most twice as much.
 
-    A teacher whose layers normalise by degree hides density from K. If its features are one-hot degrees, it still tells
-    them: K fixes how often each label occurs, whatever the edges, and the median of a pool's labels is a degree of the
-    graphs that the teacher learned from. (Its mean is none: labels that the teacher never saw cost little and occur too
-    often.) The density is then not less than that.
+    If node features are degrees, nothing is searched: the features of start graphs are their own degrees, as those of
+    the teacher's graphs were, so that K tells all densities of all shapes from each other, those that a teacher's
+    normalisation by degree would hide too. The least is taken.
 
     Args:
         teacher: a Teacher or any module that `as_teacher` accepts; stays frozen.
         prior: sizes and features. What it states stays; what is None is looked for.
-        num_graphs, steps: of each search; the one for labels takes three times as many steps. With the defaults all of
-            them together cost about a third of a search for 400 graphs.
+        num_graphs, steps: of each search. With the defaults all of them together cost about a third of a search for 400
+            graphs. Where nothing is searched, up to 400 graphs tell K, and at least `num_graphs`.
         seed: of starts and searches.
-        tried: trials of an earlier call with the same arguments that was cut off, which are not run again; the search
-            for labels is.
+        tried: trials of an earlier call with the same arguments that was cut off, which are not run again.
         progress: called after every trial with its number, how many there are at most, and the trial's fields.
 
     Returns:
         FoundPrior: without trials where nothing is unknown, or where the teacher has no BatchNorm; then a mean degree
-        of 2.05 is assumed, and 0 for all else.
+        of 2.05 is assumed, and the plain shape.
 
     Raises:
         InputError: num_graphs or steps below 1, trials of other arguments, or a teacher whose K is never finite.
@@ -135,34 +134,37 @@ def find_prior(
         shapes += [s for s in [{**shape, **stated}] if s not in shapes]
     if len(degrees) == len(shapes) == 1:
         return FoundPrior(plain)
-    trials = _Trials(teacher, num_graphs, steps, seed, tried, progress, len(degrees) + len(shapes))
+    trials = _Trials(teacher, num_graphs, steps, seed, tried, progress)
 
-    found, label_degree, alike = plain, None, []
+    found, alike = plain, []
+    if prior.feature_kind == "degree":
+        trials.at_most = len(degrees) * len(shapes)
+        scored = [trials.sparse_to_dense(replace(plain, **shape), degrees) for shape in shapes]
+        found = _nearest([one for several in scored for one in several], tie=1.0)[0]
+        return FoundPrior(found, tuple(trials.done))
+    trials.at_most = len(degrees) + len(shapes)
     if prior.mean_degree is None:
         alike = _nearest(trials.sparse_to_dense(plain, degrees))
         found = alike[0]
-        label_degree = trials.label_degree(found)
-        if label_degree is not None:
-            found = replace(found, mean_degree=max(found.expected_degree, min(label_degree, most)))
     if len(shapes) > 1:
         found = _nearest([trials.of(replace(found, **shape)) for shape in shapes])[0]
-    return FoundPrior(found, tuple(trials.done), tuple(one.expected_degree for one in alike), label_degree)
+    return FoundPrior(found, tuple(trials.done), tuple(one.expected_degree for one in alike))
 
 
 _Scored = tuple[GraphPrior, float]
 
 
-def _nearest(scored: Sequence[_Scored]) -> list[GraphPrior]:
-    """The prior of least K, or, where that is near 0, all that come about as near."""
+def _nearest(scored: Sequence[_Scored], tie: float = _TIE) -> list[GraphPrior]:
+    """The prior of least K, or, where that is near 0, all up to `tie` times as far from it."""
     finite = [k for _, k in scored if math.isfinite(k)]
     check(bool(finite), "teacher", "statistics and weights that give a finite K", [k for _, k in scored])
     least = min(finite)
-    near = _TIE * least if least <= K_WARNING else least
+    near = tie * least if least <= K_WARNING else least
     return [prior for prior, k in scored if k <= near]
 
 
 class _Trials:
-    """Short searches, each run once, those of an earlier call not again."""
+    """Start graphs and their K, each kind once, those of an earlier call not again."""
 
     def __init__(
         self,
@@ -172,11 +174,11 @@ class _Trials:
         seed: int,
         tried: Sequence[Trial],
         progress: Progress | None,
-        at_most: int,
     ) -> None:
         self.teacher, self.num_graphs, self.steps, self.seed = teacher, num_graphs, steps, seed
         self.done: list[Trial] = []
-        self._earlier, self._progress, self._at_most = list(tried), progress, at_most
+        self.at_most = 0
+        self._earlier, self._progress = list(tried), progress
 
     def of(self, prior: GraphPrior) -> _Scored:
         """A prior and the K of its trial."""
@@ -192,11 +194,10 @@ class _Trials:
             check(same, "tried", f"trial {number + 1} of an earlier call with the same arguments ({kind})", earlier)
             self.done.append(earlier)
             return prior, earlier.k
-        k = self._search(prior, self.steps).k
-        assert k is not None
+        k = self._k_of_starts(prior) if prior.feature_kind == "degree" else self._k_of_search(prior)
         self.done.append(Trial(**kind, k=k))
         if self._progress is not None:
-            self._progress(number + 1, self._at_most, asdict(self.done[-1]))
+            self._progress(number + 1, self.at_most, asdict(self.done[-1]))
         return prior, k
 
     def sparse_to_dense(self, prior: GraphPrior, degrees: Sequence[float]) -> list[_Scored]:
@@ -207,18 +208,16 @@ class _Trials:
             scored.append(self.of(replace(prior, mean_degree=degree)))
         return scored
 
-    def label_degree(self, prior: GraphPrior) -> float | None:
-        if prior.feature_kind != "degree":
-            return None
-        # Trees that must stay connected keep K from the labels of dense graphs; only the labels are looked at here.
-        longer = self._search(prior, _LABEL_STEPS * self.steps, connected=False)
-        if longer.k is None or longer.k > K_WARNING:
-            return None
-        return float(longer.graphs.x.argmax(1).median())
+    def _k_of_starts(self, prior: GraphPrior) -> float:
+        mean = (prior.min_nodes + prior.max_nodes) // 2
+        count = max(self.num_graphs, min(_START_NODES // mean, _MOST_STARTS))
+        return pool_witness(self.teacher, start_graphs(self.teacher, prior, count, seed=self.seed))["k"]
 
-    def _search(self, prior: GraphPrior, steps: int, *, connected: bool = True) -> RefineResult:
+    def _k_of_search(self, prior: GraphPrior) -> float:
         start = start_graphs(self.teacher, prior, self.num_graphs, seed=self.seed)
-        settings = RefineSettings(steps=steps, w_ce=0.0, connected=connected)
+        settings = RefineSettings(steps=self.steps, w_ce=0.0)
         refiner = Refiner(self.teacher, start, settings, seed=self.seed, feature_kind=prior.feature_kind)
-        refiner.advance(steps)
-        return refiner.result()
+        refiner.advance(self.steps)
+        k = refiner.result().k
+        assert k is not None
+        return k

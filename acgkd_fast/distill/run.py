@@ -41,7 +41,7 @@ from .pool import random_pool, start_graphs
 from .prior_search import Trial, find_prior
 from .projector import equal_size_arch, head_can_be_copied, parameter_counts
 from .refine import Constraint, Refiner
-from .student import Pool, distill_student, new_student, pool_agreement
+from .student import Pool, distill_student, new_student, pool_agreement, teacher_logits
 from .student_settings import StudentSettings
 from .witness import pool_size, pool_witness
 
@@ -257,10 +257,9 @@ class Run:
                 tried=[Trial(**{name: row[name] for name in (*SHAPE, "k")}) for row in rows],
                 progress=lambda step, total, values: self._report("prior", step, total, values),
             )
-            labels = {} if found.label_degree is None else {"label_degree": found.label_degree}
             chosen = {name: getattr(found.prior, name) for name in SHAPE}
             rows = [chosen]
-            self.metrics.write("prior", len(found.tried) + 1, {**chosen, **labels})
+            self.metrics.write("prior", len(found.tried) + 1, chosen)
         return replace(config.prior, **{name: rows[-1][name] for name in SHAPE})
 
     def make_graphs(self) -> GraphBatch:
@@ -269,17 +268,32 @@ class Run:
         if product.exists():
             return load_graphs(product)[0]
         graphs = start_graphs(self.teacher, self.prior, self.config.num_graphs, seed=self.config.seed)
-        learned = None
+        learned, stay = None, None
         if self.config.learn.steps > 0:
             learned = self._learn(graphs)
             graphs = learned.harden(seed=self.config.seed, step=self.config.learn.steps)
-        if self.config.refine.steps > 0:
+        else:
+            graphs, stay = self._divided(graphs)
+        if self.config.refine.steps > 0 and graphs.num_graphs > 0:
             graphs = self._refine(graphs, learned)
+        if stay is not None:
+            graphs = GraphBatch.concatenate([part for part in (graphs, stay) if part.num_graphs])
         self.metrics.rewind("pool", -1)
         layout = None if learned is None else learned.layout
         self.metrics.write("pool", 0, {**pool_witness(self.teacher, graphs), **pool_size(graphs, layout)})
         save_graphs(product, graphs, {"feature_kind": self.config.prior.feature_kind})
         return graphs
+
+    def _divided(self, start: GraphBatch) -> tuple[GraphBatch, GraphBatch | None]:
+        """Start graphs to be searched, and those that stay, with the teacher's answers in place of labels to be met."""
+        order = torch.arange(start.num_graphs)
+        kept = self.config.kept_share(constrained=self._constraint is not None)
+        searched = 0 if self.config.refine.steps == 0 else len(order) - round(kept * len(order))
+        if searched == len(order):
+            return start, None
+        stay = start.select(order[searched:])
+        answers = teacher_logits(self.teacher, stay).argmax(1)
+        return start.select(order[:searched]), GraphBatch(stay.x, stay.edges, answers)
 
     def _pool(self, graphs: GraphBatch) -> Pool:
         """What a student learns from: the pool, perturbed anew, or with `redraw` drawn anew, every epoch."""

@@ -98,7 +98,7 @@ def random_trees(
     *,
     extra_edges: float | torch.Tensor = 0.08,
     attachment: float = 0.5,
-    hub_share: float = 0.0,
+    hub_share: float | torch.Tensor = 0.0,
     seed: int,
     graph_ids: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
@@ -115,7 +115,8 @@ def random_trees(
         extra_edges: edges beyond the tree, per node; 0 or more, one number or a tensor [B]. Fewer are placed
             where a graph has no room for them, and now and then in graphs that are nearly complete.
         attachment: exponent of the degree, in [0, 1]; 0 is a uniform parent, 1 preferential attachment.
-        hub_share: chance that a node joins the first node of its graph, in [0, 1]; 1 grows stars.
+        hub_share: chance that a node joins the first node of its graph, in [0, 1], one number or a tensor [B]; 1 grows
+            stars.
         seed: 64-bit key.
         graph_ids: distinct ids that address the noise; default 0..B-1.
         device: where the edges shall live. They are drawn on the CPU.
@@ -126,12 +127,12 @@ def random_trees(
     Raises:
         InputError: an argument outside its range, naming it.
     """
-    extra = _per_graph("extra_edges", extra_edges, len(sizes), "edges per node")
+    extra = per_graph("extra_edges", extra_edges, len(sizes), "edges per node")
     check(0.0 <= attachment <= 1.0, "attachment", "an exponent in [0, 1]", attachment)
-    check(is_number(hub_share) and 0.0 <= hub_share <= 1.0, "hub_share", "a share in [0, 1]", hub_share)
+    hubs = per_graph("hub_share", hub_share, len(sizes), "shares", most=1.0)
     layout = PairLayout.complete(sizes, graph_ids=graph_ids)
     ptr, ids = layout.node_ptr, layout.table[2, :-1]
-    parent = _grow(ptr, ids, attachment, hub_share, seed)
+    parent = _grow(ptr, ids, attachment, hubs, seed)
     child = (parent >= 0).nonzero().squeeze(1)
     pairs = torch.stack([parent[child], child])
     grown = EdgeSample.from_edge_index(torch.cat([pairs, pairs.flip(0)], 1), ptr, symmetric=True)
@@ -150,14 +151,14 @@ def random_trees(
     return grown.to(device)
 
 
-def _grow(ptr: torch.Tensor, ids: torch.Tensor, attachment: float, hub_share: float, seed: int) -> torch.Tensor:
+def _grow(ptr: torch.Tensor, ids: torch.Tensor, attachment: float, hub_share: torch.Tensor, seed: int) -> torch.Tensor:
     """Parent of every node as a node number of the batch, -1 for the first node of each graph."""
     parent = torch.full((int(ptr[-1]),), -1)
     # A node counts its own edge to its parent from the start; nobody looks at it before it has joined.
     degree = torch.ones_like(parent)
     # Largest first, so that the graphs still growing are a prefix.
     sizes, order = (ptr[1:] - ptr[:-1]).sort(descending=True)
-    base, ids = ptr[:-1][order], ids[order]
+    base, ids, hub_share = ptr[:-1][order], ids[order], hub_share[order]
     parent[(base + 1)[sizes > 1]] = base[sizes > 1]
     at_least = torch.bincount(sizes).flip(0).cumsum(0).flip(0).tolist()  # [t]: graphs of t nodes and more
     draws, one = torch.arange(_PARENT_DRAWS), torch.ones_like(parent)
@@ -168,7 +169,7 @@ def _grow(ptr: torch.Tensor, ids: torch.Tensor, attachment: float, hub_share: fl
         t = torch.arange(position, stop)[:, None]
         u = graph_uniforms(ids[:growing], t, 2 * _PARENT_DRAWS + 1, stream=Stream.INIT, seed=seed)
         end, accept = u[..., :_PARENT_DRAWS], u[..., _PARENT_DRAWS : 2 * _PARENT_DRAWS]
-        to_hub = u[..., -1] < hub_share
+        to_hub = u[..., -1] < hub_share[:growing]
         # A random end of a random edge is a node in proportion to its degree. Edge i joins node i + 1 to its parent.
         end = (end * (2 * (t[:, :, None] - 1))).long()
         child, is_child = base[:growing, None] + end // 2 + 1, end % 2 == 0
@@ -260,7 +261,7 @@ def random_graphs(
     Raises:
         InputError: a negative mean degree, or bad sizes or ids.
     """
-    degree = _per_graph("mean_degree", mean_degree, len(sizes), "partners")
+    degree = per_graph("mean_degree", mean_degree, len(sizes), "partners")
     layout = PairLayout.complete(sizes, graph_ids=graph_ids, device=device)
     n = layout.node_ptr[1:] - layout.node_ptr[:-1]
     logit = torch.logit((degree.to(n.device) / (n - 1).clamp(min=1)).clamp(max=1.0).float())
@@ -269,14 +270,15 @@ def random_graphs(
     return EdgeSample(drawn.rowptr, drawn.col, drawn.value, drawn.ptr, symmetric=True)
 
 
-def _per_graph(name: str, given: Any, count: int, what: str) -> torch.Tensor:
-    """One number or one for each graph, on the CPU."""
+def per_graph(name: str, given: Any, count: int, what: str, *, most: float = math.inf) -> torch.Tensor:
+    """One number or one for each graph: float64 [count] or [], on the CPU, from 0 to `most`."""
     tensor = isinstance(given, torch.Tensor) and given.shape in ((), (count,))
-    expected = f"a finite number of {what}, 0 or more, or a tensor [{count}] of them"
+    span = "0 or more" if most == math.inf else f"in [0, {most:g}]"
+    expected = f"a finite number of {what}, {span}, or a tensor [{count}] of them"
     check(tensor or is_number(given), name, expected, given)
     values = torch.as_tensor(given, dtype=torch.float64, device="cpu")
-    check(bool(((values >= 0.0) & (values < torch.inf)).all()), name, expected, given)
-    return values
+    check(bool(((values >= 0.0) & (values <= most) & values.isfinite()).all()), name, expected, given)
+    return values.expand(count)
 
 
 def random_features(
