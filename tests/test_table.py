@@ -17,7 +17,7 @@ from acgkd_fast.table_view import render
 
 pytest.importorskip("torch_geometric", reason="house-or-cycle needs torch-geometric")
 
-SMALL = RunConfig().with_settings({"num_graphs": 8, "refine.steps": 5, "student.epochs": 1, "learn.steps": 0})
+SMALL = RunConfig().with_settings({"num_graphs": 8, "refine.steps": 60, "student.epochs": 1, "learn.steps": 0})
 
 
 def cells(path):
