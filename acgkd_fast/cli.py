@@ -141,7 +141,9 @@ def train_teacher(
 @click.option("--size-spread", type=float, help="Prior: deviation of the node counts over their mean; 0 is uniform.")
 @click.option("--degree-growth", type=float, help="Prior: power of its size that a graph's mean degree grows with.")
 @click.option(
-    "--ego-networks/--no-ego-networks", default=None, help="Prior: one node knows all, groups [default: looked for]."
+    "--ego-networks/--no-ego-networks",
+    default=None,
+    help="Prior: one node is joined to all others, who form cliques [default: looked for].",
 )
 @click.option("--feature-kind", help="Prior: one-hot, continuous, degree or constant [default: the teacher's].")
 @click.option("--xi", type=float, help="Spatial complexity parameter of the learning stage, in (0, 1].")

@@ -46,7 +46,7 @@ def write_report(run: Path, rows: Sequence[dict[str, Any]], graphs: GraphBatch, 
     """
     parts = ["<h1>Distillation report</h1>", _table([row for row in rows if row["stage"] == "result"])]
     parts += [_pool(row) for row in rows if row["stage"] == "pool"]
-    parts += _prior([row for row in rows if row["stage"] == "prior"])
+    parts += _prior([row for row in rows if row["stage"] == "prior"], config)
     parts += [_sizes(row) for row in rows if row["stage"] == "parameters"]
     parts += _agreement([row for row in rows if row["stage"] == "agreement"])
     try:
@@ -122,14 +122,16 @@ def _pool(row: dict[str, Any]) -> str:
     return f"<h2>The pseudo-graphs</h2><table>{body}</table>"
 
 
-def _prior(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _prior(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> list[str]:
     tried = [row for row in rows if "k" in row]
     if not tried:
         return []
     named = {"mean_degree": "mean degree", "hub_share": "hub share", "size_spread": "spread of sizes"}
-    named |= {"degree_growth": "growth of degrees", "ego_networks": "ego networks", "k": "K"}
+    named |= {"degree_growth": "growth of degrees", "ego_networks": "ego networks"}
+    as_they_are = config["settings"]["prior"]["feature_kind"] == "degree"
+    named |= {"k": "K of the start graphs" if as_they_are else "K after a short search"}
     head = "".join(f"<th>{text}</th>" for text in named.values())
-    body = "".join("<tr>" + "".join(f"<td>{row[name]:.3g}</td>" for name in named) + "</tr>" for row in tried)
+    body = "".join("<tr>" + "".join(f"<td>{_figures(row[name])}</td>" for name in named) + "</tr>" for row in tried)
     last = [row for row in rows if "k" not in row][-1:]
     chosen = "".join(
         "<p>Chosen: " + ", ".join(f"{named[name]} {_figures(row[name])}" for name in named if name in row) + ".</p>"
@@ -138,8 +140,10 @@ def _prior(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [f"<h2>Start graphs tried</h2><table><tr>{head}</tr>{body}</table>{chosen}"]
 
 
-def _figures(value: float | list[float]) -> str:
-    """A number, or several."""
+def _figures(value: bool | float | list[float]) -> str:
+    """A number, several, or yes or no."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return " and ".join(f"{one:.3g}" for one in (value if isinstance(value, list) else [value]))
 
 

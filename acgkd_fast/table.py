@@ -64,7 +64,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1000 graphs": {"num_graphs": 1000},
     "labels at random": {"refine.unlabelled": 0.0},
     "density not looked for": {"prior.mean_degree": 2.05},
-    "plain shape": {"prior.hub_share": 0.0, "prior.size_spread": 0.0, "prior.degree_growth": 0.0},
+    "plain shape": {
+        "prior.hub_share": 0.0,
+        "prior.size_spread": 0.0,
+        "prior.degree_growth": 0.0,
+        "prior.ego_networks": False,
+    },
     "start graphs": {"refine.steps": 0},
     "all graphs searched": {"start_share": 0.0},
     "graphs in parts": {"refine.connected": False},

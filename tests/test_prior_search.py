@@ -1,4 +1,4 @@
-"""The shape of start graphs found by short searches."""
+"""The density and shape of start graphs, found by K alone."""
 
 from __future__ import annotations
 
@@ -88,8 +88,21 @@ def test_start_graphs_whose_features_are_degrees_tell_density_and_shape(arch, na
 
 def test_a_stated_density_is_kept_where_features_are_degrees():
     unknown = af.GraphPrior(14, 20, mean_degree=5.0, feature_kind="degree")
-    found = find_prior(calibrated("gin3-32", 5.0, replace(unknown, **SHAPES["egos"])), unknown, num_graphs=8)
+    teacher = calibrated("gin3-32", 5.0, replace(unknown, **SHAPES["egos"]), draw=af.start_graphs)
+    found = find_prior(teacher, replace(unknown, size_spread=None), num_graphs=8)
     assert {trial.mean_degree for trial in found.tried} == {5.0} and found.prior.mean_degree == 5.0
+    assert found.prior.ego_networks
+
+
+def test_hubs_and_ego_networks_leave_no_room_for_each_other():
+    teacher, unknown = calibrated("gin3-32", 3.0), af.GraphPrior.around(17, feature_kind="one-hot", mean_degree=3.0)
+    hubs = find_prior(teacher, replace(unknown, hub_share=0.25), num_graphs=8, steps=5)
+    assert {(trial.hub_share, trial.ego_networks) for trial in hubs.tried} == {(0.25, False)}
+    egos = find_prior(teacher, replace(unknown, ego_networks=True), num_graphs=8, steps=5)
+    assert {(trial.hub_share, trial.ego_networks) for trial in egos.tried} == {(0.0, True)}
+    assert len(set(egos.tried)) == len(egos.tried) == 3
+    plain = find_prior(teacher, replace(unknown, hub_share=0.0), num_graphs=8, steps=5)
+    assert {trial.ego_networks for trial in plain.tried} == {False, True}
 
 
 def test_a_stated_density_and_a_teacher_without_batch_norm_end_the_search():
@@ -132,11 +145,13 @@ def test_what_is_stated_stays():
     assert (found.prior.mean_degree, found.prior.hub_share, found.prior.size_spread) == (3.0, 0.25, 0.0)
 
 
-def test_several_stated_degrees_stay():
-    prior = af.GraphPrior(14, 20, mean_degree=(2.05, 4.0), feature_kind="one-hot")
-    found = find_prior(calibrated("gin3-32", 3.0), prior, num_graphs=8, steps=5)
+@pytest.mark.parametrize("kind", ["one-hot", "degree"])
+def test_several_stated_degrees_stay(kind):
+    prior = af.GraphPrior(14, 20, mean_degree=(2.05, 4.0), feature_kind=kind)
+    teacher = calibrated("gin3-32", 3.0, replace(PRIOR, feature_kind=kind))
+    found = find_prior(teacher, prior, num_graphs=8, steps=5)
     assert found.prior.mean_degree == (2.05, 4.0) and found.alike == () and len(found.tried) == 3
-    assert find_prior(calibrated("gin3-32", 3.0), found.prior) == FoundPrior(found.prior)
+    assert find_prior(teacher, found.prior) == FoundPrior(found.prior)
 
 
 def test_shapes_are_compared_at_the_density_found():

@@ -142,8 +142,8 @@ def test_start_graphs_whose_features_are_degrees_stay(tmp_path, changes, kept):
     stay = torch.arange(12 - kept, 12)
     answers = teacher_logits(as_teacher(teacher), pool).argmax(1)
     assert torch.equal(pool.y[stay], answers[stay])
-    # Of the others the search deals labels anew, each as often as before.
-    assert torch.equal(pool.y[: 12 - kept].bincount(minlength=2), start.y[: 12 - kept].bincount(minlength=2))
+    # Of the others the search deals labels anew, each class equally often.
+    assert abs(int(pool.y[: 12 - kept].bincount(minlength=2).diff())) <= kept % 2
     degrees = pool.edges.rowptr.diff().long().clamp(max=5)
     assert torch.equal(pool.x.argmax(1)[pool.batch() >= 12 - kept], degrees[pool.batch() >= 12 - kept])
 

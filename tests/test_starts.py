@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from acgkd_fast import EdgeSample, GraphPrior, InputError, as_teacher, random_pool, start_graphs
+from acgkd_fast.distill.pool import _hub_shares
 from acgkd_fast.distill.starts import (
     balanced_labels,
     prior_degrees,
@@ -168,7 +169,13 @@ def test_hubs_differ_from_graph_to_graph():
         prior = GraphPrior(200, 200, mean_degree=1.99, hub_share=mean)
         pool = start_graphs(teacher, prior, 60, seed=1)
         first = pool.edges.rowptr.diff()[pool.ptr[:-1]].double() / 199
-        assert first.mean() == pytest.approx(mean, abs=0.1) and first.min() < 0.1 and first.max() > 0.8
+        assert first.mean() == pytest.approx(mean, abs=0.05) and first.min() < 0.1 and first.max() > 0.8
+    for count, mean in ((1, 0.2), (8, 0.02), (400, 0.5)):
+        assert _hub_shares(mean, count, seed=3).mean() == pytest.approx(mean)
+    prior = GraphPrior.around(100, mean_degree=1.99, hub_share=0.5, size_spread=0.5)
+    pool = start_graphs(teacher, prior, 200, seed=1)
+    share = pool.edges.rowptr.diff()[pool.ptr[:-1]] / pool.sizes
+    assert torch.corrcoef(torch.stack([share, pool.sizes.float()]))[0, 1].abs() < 0.25
     stars = start_graphs(teacher, GraphPrior(9, 9, mean_degree=1.0, hub_share=1.0), 5, seed=1)
     assert bool((stars.edges.rowptr.diff()[stars.ptr[:-1]] == 8).all())
     each = torch.tensor([0.0, 1.0, 0.5], dtype=torch.float64)

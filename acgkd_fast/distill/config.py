@@ -20,8 +20,9 @@ from .temperature import AdversarySettings
 # Mean nodes of the largest graphs that the number of steps was chosen on, and what more steps may cost.
 _NODES = 25
 _LONGEST = 4.0
-# Chosen on MUTAG, IMDB-BINARY and house or cycle (docs/research.md, section 13).
+# Of IMDB-BINARY's graphs (docs/research.md, section 16).
 _START_SHARE = 0.5
+# Chosen on MUTAG, IMDB-BINARY and house or cycle (section 13).
 _PERTURBATION = 0.2
 
 
@@ -35,7 +36,8 @@ class RunConfig:
         xi: spatial complexity parameter of the learning stage, in (0, 1].
         prior: what is assumed about the teacher's graphs.
         prior_steps: of each short search for what the prior does not state, such as its mean degree
-            (:func:`~.prior_search.find_prior`); 0 leaves it out.
+            (:func:`~.prior_search.find_prior`); 0 leaves it out, also where features are
+            degrees and nothing is searched.
         scale_steps: whether ``refine.steps``, chosen on graphs of up to 25 nodes, are taken in proportion to the mean
             number of nodes of larger ones, up to four times (:attr:`search`); False takes them as they are.
         learn: the gradient stage; ``steps = 0`` leaves it out.
@@ -43,7 +45,8 @@ class RunConfig:
         start_share: share of the pool that stays as it starts, in [0, 1]; the others are searched. Where node features
             are degrees, the search takes them for labels that it may change, so that its graphs lose what start graphs
             have: features that are the degrees of their nodes (docs/research.md, section 16). None: see
-            :meth:`kept_share`. Not with a learning stage.
+            :meth:`kept_share`. Not with a learning stage. Graphs that stay have the teacher's answers as labels;
+            without a search (``refine.steps = 0``) all stay.
         perturbation: the largest probability with which, anew in every epoch of the student, an edge or a node's
             features change (:func:`~.perturbed.perturbed_pool`), so that it cannot learn the pool by heart; 0 teaches
             the pool as it is. None: see :meth:`pool_perturbation`. With ``student.redraw`` the graphs are drawn anew
@@ -94,12 +97,14 @@ class RunConfig:
     def kept_share(self, *, constrained: bool = False) -> float:
         """`start_share`, or where that is None a half where node features are degrees, and 0 elsewhere.
 
-        It is 0 too after a learning stage, and where the user bounds degrees or states a constraint, which start graphs
-        need not keep to.
+        Without a search it is 1. It is 0 after a learning stage, and where the user bounds degrees or states a
+        constraint, which start graphs need not keep to.
 
         Args:
             constrained: whether the search has a constraint of the user's own.
         """
+        if self.refine.steps == 0 and self.learn.steps == 0:
+            return 1.0
         if self.start_share is not None:
             return self.start_share
         all_searched = self.prior.feature_kind != "degree" or self.learn.steps > 0 or self._is_bounded(constrained)

@@ -6,6 +6,7 @@ import torch
 
 from ..errors import check
 from ..graphs import EdgeSample, GraphBatch
+from ..philox import Stream, graph_uniforms
 from ..pseudo_graphs import GraphPrior
 from ..teachers import Teacher
 from .ego_networks import random_ego_networks
@@ -17,16 +18,17 @@ from .starts import (
     random_graphs,
     random_trees,
 )
+from .student import teacher_logits
 
 _HALVINGS = 50
 
 
 def start_graphs(teacher: Teacher, prior: GraphPrior, num_graphs: int, *, seed: int = 0) -> GraphBatch:
-    """Sparse connected random graphs with random features and balanced labels.
+    """Sparse connected random graphs, or ego networks, with random features and balanced labels.
 
     Args:
         teacher: gives the feature width and the classes.
-        prior: sizes, mean degree, hubs and kind of features.
+        prior: sizes, mean degree, hubs, ego networks and kind of features.
         num_graphs: at least 1.
         seed: seed of everything drawn.
 
@@ -48,12 +50,15 @@ def start_graphs(teacher: Teacher, prior: GraphPrior, num_graphs: int, *, seed: 
 def _hub_shares(mean: float, count: int, seed: int) -> torch.Tensor:
     """Hub shares between 0 and 1 whose mean is as stated, float64 [count]: U^((1 - mean) / mean), evenly at 1/2.
 
-    Some threads are answers to one question and some are conversations. U are (i + 1/2) / count in random order.
+    Some threads are answers to one question and some are conversations. U takes each of `count` equal parts of (0, 1)
+    once, in random order, and a graph gets the mean of its part.
     """
     if mean == 0.0:
         return torch.zeros(count, dtype=torch.float64)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return ((order + 0.5) / count) ** ((1.0 - mean) / mean)
+    bounds = (torch.arange(count + 1, dtype=torch.float64) / count) ** (1.0 / mean)
+    # Not the order that shuffles sizes, or the largest graphs would have the strongest hubs.
+    words = graph_uniforms(torch.arange(count), torch.zeros((), dtype=torch.int64), 2, stream=Stream.SHUFFLE, seed=seed)
+    return (count * mean * bounds.diff()).clamp(max=1.0)[words[:, 1].argsort()]
 
 
 def _beyond_trees(degrees: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
@@ -69,6 +74,22 @@ def _beyond_trees(degrees: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
         asked = ((middle * degrees / 2.0 - tree).clamp(min=0.0) * nodes).sum()
         low, high = (low, middle) if asked > wanted else (middle, high)
     return (high * degrees / 2.0 - tree).clamp(min=0.0)
+
+
+def divide_starts(teacher: Teacher, start: GraphBatch, share: float, *, seed: int = 0) -> tuple[GraphBatch, GraphBatch]:
+    """Start graphs to be searched, with labels to be met, and the last `share` of them, with the teacher's answers.
+
+    Nobody makes graphs that stay as they are fit the labels that they were dealt; those of the others are dealt anew,
+    so that every class occurs equally often among them.
+    """
+    order = torch.arange(start.num_graphs)
+    searched = len(order) - round(share * len(order))
+    if searched == len(order):
+        return start, start.select(order[:0])
+    rest, stay = start.select(order[:searched]), start.select(order[searched:])
+    labels = balanced_labels(searched, teacher.num_classes, seed)
+    answers = teacher_logits(teacher, stay).argmax(1)
+    return GraphBatch(rest.x, rest.edges, labels), GraphBatch(stay.x, stay.edges, answers)
 
 
 def random_pool(teacher: Teacher, prior: GraphPrior, num_graphs: int, *, seed: int = 0) -> GraphBatch:

@@ -30,7 +30,7 @@ _TIE = 2.0
 _START_NODES = 8192
 _MOST_STARTS = 400
 # From plain to special: molecules, discussion threads, and networks of collaborators of less or more unequal sizes.
-_SHAPES: tuple[dict[str, float | bool], ...] = (
+_SHAPES: tuple[dict[str, Any], ...] = (
     {"hub_share": 0.0, "size_spread": 0.0, "degree_growth": 0.0, "ego_networks": False},
     {"hub_share": 0.5, "size_spread": 0.0, "degree_growth": 0.0, "ego_networks": False},
     {"hub_share": 0.0, "size_spread": 0.5, "degree_growth": 1.0, "ego_networks": True},
@@ -94,7 +94,8 @@ def find_prior(
 
     Args:
         teacher: a Teacher or any module that `as_teacher` accepts; stays frozen.
-        prior: sizes and features. What it states stays; what is None is looked for.
+        prior: sizes and features. What it states stays; what is None is looked for. Stated hubs leave no room for ego
+            networks, nor these for hubs.
         num_graphs, steps: of each search. With the defaults all of them together cost about a third of a search for 400
             graphs. Where nothing is searched, up to 400 graphs tell K, and at least `num_graphs`.
         seed: of starts and searches.
@@ -129,20 +130,26 @@ def find_prior(
     degrees = [plain.expected_degree]
     while prior.mean_degree is None and degrees[-1] * _RATIO <= most:
         degrees.append(degrees[-1] * _RATIO)
+    # A stated hub or ego network decides which of the two it is: neither means anything beside the other.
+    stated = {**({"ego_networks": False} if prior.hub_share else {}), **stated}
+    stated = {**stated, **({"hub_share": 0.0} if prior.ego_networks else {})}
     shapes = []
     for shape in _SHAPES:
         shapes += [s for s in [{**shape, **stated}] if s not in shapes]
     if len(degrees) == len(shapes) == 1:
         return FoundPrior(plain)
-    trials = _Trials(teacher, num_graphs, steps, seed, tried, progress)
+    by_starts = prior.feature_kind == "degree"
+    at_most = len(degrees) * len(shapes) if by_starts else len(degrees) + len(shapes)
+    trials = _Trials(teacher, num_graphs, steps, seed, tried, progress, at_most)
 
     found, alike = plain, []
-    if prior.feature_kind == "degree":
-        trials.at_most = len(degrees) * len(shapes)
-        scored = [trials.sparse_to_dense(replace(plain, **shape), degrees) for shape in shapes]
-        found = _nearest([one for several in scored for one in several], tie=1.0)[0]
-        return FoundPrior(found, tuple(trials.done))
-    trials.at_most = len(degrees) + len(shapes)
+    if by_starts:
+        scored: list[_Scored] = []
+        for shape in shapes:
+            shaped = replace(plain, **shape)
+            unknown = prior.mean_degree is None
+            scored += trials.sparse_to_dense(shaped, degrees) if unknown else [trials.of(shaped)]
+        return FoundPrior(_nearest(scored, tie=1.0)[0], tuple(trials.done))
     if prior.mean_degree is None:
         alike = _nearest(trials.sparse_to_dense(plain, degrees))
         found = alike[0]
@@ -174,11 +181,11 @@ class _Trials:
         seed: int,
         tried: Sequence[Trial],
         progress: Progress | None,
+        at_most: int,
     ) -> None:
         self.teacher, self.num_graphs, self.steps, self.seed = teacher, num_graphs, steps, seed
         self.done: list[Trial] = []
-        self.at_most = 0
-        self._earlier, self._progress = list(tried), progress
+        self._earlier, self._progress, self._at_most = list(tried), progress, at_most
 
     def of(self, prior: GraphPrior) -> _Scored:
         """A prior and the K of its trial."""
@@ -197,7 +204,7 @@ class _Trials:
         k = self._k_of_starts(prior) if prior.feature_kind == "degree" else self._k_of_search(prior)
         self.done.append(Trial(**kind, k=k))
         if self._progress is not None:
-            self._progress(number + 1, self.at_most, asdict(self.done[-1]))
+            self._progress(number + 1, self._at_most, asdict(self.done[-1]))
         return prior, k
 
     def sparse_to_dense(self, prior: GraphPrior, degrees: Sequence[float]) -> list[_Scored]:

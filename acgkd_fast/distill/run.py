@@ -37,14 +37,15 @@ from .config import RunConfig
 from .inversion import Learner
 from .metrics import MetricsLog
 from .perturbed import perturbed_pool
-from .pool import random_pool, start_graphs
+from .pool import divide_starts, random_pool, start_graphs
 from .prior_search import Trial, find_prior
 from .projector import equal_size_arch, head_can_be_copied, parameter_counts
 from .refine import Constraint, Refiner
-from .student import Pool, distill_student, new_student, pool_agreement, teacher_logits
+from .student import Pool, distill_student, new_student, pool_agreement
 from .student_settings import StudentSettings
 from .witness import pool_size, pool_witness
 
+_ABSENT = object()
 _SAVE_SECONDS = 20.0
 _REFINE_STEPS = 50
 _LEARN_STEPS = 10
@@ -146,7 +147,9 @@ class Run:
             earlier = json.loads(record.read_text())
             now, before = _flat(self.description), _flat(earlier)
             names = [name for name in now | before if name.startswith(("student", "settings"))]
-            other = [name.removeprefix("settings.") for name in names if now.get(name) != before.get(name)]
+            other = [
+                name.removeprefix("settings.") for name in names if now.get(name, _ABSENT) != before.get(name, _ABSENT)
+            ]
             if other:
                 raise InputError(
                     f"resume: expected the settings that {record} records, got others of {', '.join(other)}"
@@ -243,7 +246,7 @@ class Run:
 
     @cached_property
     def prior(self) -> GraphPrior:
-        """The prior with all that it leaves open found by short searches, or as it is where they are left out."""
+        """The prior with what it leaves open looked for by :func:`find_prior`, or as it is where that is left out."""
         config = self.config
         if config.prior_steps == 0:
             return config.prior
@@ -268,32 +271,22 @@ class Run:
         if product.exists():
             return load_graphs(product)[0]
         graphs = start_graphs(self.teacher, self.prior, self.config.num_graphs, seed=self.config.seed)
-        learned, stay = None, None
+        learned: PseudoGraphs | None = None
+        stay: list[GraphBatch] = []
         if self.config.learn.steps > 0:
             learned = self._learn(graphs)
             graphs = learned.harden(seed=self.config.seed, step=self.config.learn.steps)
         else:
-            graphs, stay = self._divided(graphs)
+            share = self.config.kept_share(constrained=self._constraint is not None)
+            graphs, *stay = divide_starts(self.teacher, graphs, share, seed=self.config.seed)
         if self.config.refine.steps > 0 and graphs.num_graphs > 0:
             graphs = self._refine(graphs, learned)
-        if stay is not None:
-            graphs = GraphBatch.concatenate([part for part in (graphs, stay) if part.num_graphs])
+        graphs = GraphBatch.concatenate([part for part in (graphs, *stay) if part.num_graphs > 0])
         self.metrics.rewind("pool", -1)
         layout = None if learned is None else learned.layout
         self.metrics.write("pool", 0, {**pool_witness(self.teacher, graphs), **pool_size(graphs, layout)})
         save_graphs(product, graphs, {"feature_kind": self.config.prior.feature_kind})
         return graphs
-
-    def _divided(self, start: GraphBatch) -> tuple[GraphBatch, GraphBatch | None]:
-        """Start graphs to be searched, and those that stay, with the teacher's answers in place of labels to be met."""
-        order = torch.arange(start.num_graphs)
-        kept = self.config.kept_share(constrained=self._constraint is not None)
-        searched = 0 if self.config.refine.steps == 0 else len(order) - round(kept * len(order))
-        if searched == len(order):
-            return start, None
-        stay = start.select(order[searched:])
-        answers = teacher_logits(self.teacher, stay).argmax(1)
-        return start.select(order[:searched]), GraphBatch(stay.x, stay.edges, answers)
 
     def _pool(self, graphs: GraphBatch) -> Pool:
         """What a student learns from: the pool, perturbed anew, or with `redraw` drawn anew, every epoch."""

@@ -271,7 +271,7 @@ def random_graphs(
 
 
 def per_graph(name: str, given: Any, count: int, what: str, *, most: float = math.inf) -> torch.Tensor:
-    """One number or one for each graph: float64 [count] or [], on the CPU, from 0 to `most`."""
+    """One number for all graphs or one for each, from 0 to `most`: float64 [count] on the CPU."""
     tensor = isinstance(given, torch.Tensor) and given.shape in ((), (count,))
     span = "0 or more" if most == math.inf else f"in [0, {most:g}]"
     expected = f"a finite number of {what}, {span}, or a tensor [{count}] of them"
