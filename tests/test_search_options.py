@@ -8,7 +8,7 @@ import networkx as nx
 import pytest
 import torch
 from helpers import opcheck, reference_kernels
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from search_helpers import (
     SIZES,
@@ -156,6 +156,7 @@ def degrees(edges: list[tuple[int, int]], n: int) -> list[int]:
     greedy=st.booleans(),
     seed=st.integers(0, 100),
 )
+@example("generic", [2, 1], None, False, False, None, 0.5, True, False, 0)
 def test_limits_hold_after_every_search(
     engine, sizes, degree, connected, keep_degrees, max_degree, two_hop, weighted, greedy, seed
 ):

@@ -353,9 +353,9 @@ def _partner_chance(
     graphs: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Chances of drawing `partner` for `node` by the two-hop rule and without it; `gone` as in :func:`_closing`."""
-    width = int(sizes.max())
-    # Edits that are not valid may name nodes that are not there.
-    node, partner = node.clamp(0, width - 1), partner.clamp(0, width - 1)[:, None]
+    # Edits that are not valid may name nodes that are not there; behind the last graph lies nothing at all.
+    node, partner = (end.clamp(min=0).minimum(sizes - 1) for end in (node, partner))
+    partner = partner[:, None]
     closing = _closing(lists, node, gone, without, sizes)
     if weights is None:
         share = closing.double()
