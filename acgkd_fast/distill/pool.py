@@ -10,14 +10,7 @@ from ..philox import Stream, graph_uniforms
 from ..pseudo_graphs import GraphPrior
 from ..teachers import Teacher
 from .ego_networks import random_ego_networks
-from .starts import (
-    balanced_labels,
-    prior_degrees,
-    prior_sizes,
-    random_features,
-    random_graphs,
-    random_trees,
-)
+from .starts import balanced_labels, prior_degrees, prior_sizes, random_features, random_graphs, random_trees
 from .student import teacher_logits
 
 _HALVINGS = 50

@@ -127,7 +127,7 @@ def find_prior(
             )
         return FoundPrior(plain)
     most = _FULLEST * ((prior.min_nodes + prior.max_nodes) / 2 - 1)
-    degrees = [plain.expected_degree]
+    degrees: list[Any] = [degree]
     while prior.mean_degree is None and degrees[-1] * _RATIO <= most:
         degrees.append(degrees[-1] * _RATIO)
     # A stated hub or ego network decides which of the two it is: neither means anything beside the other.
@@ -146,9 +146,7 @@ def find_prior(
     if by_starts:
         scored: list[_Scored] = []
         for shape in shapes:
-            shaped = replace(plain, **shape)
-            unknown = prior.mean_degree is None
-            scored += trials.sparse_to_dense(shaped, degrees) if unknown else [trials.of(shaped)]
+            scored += trials.sparse_to_dense(replace(plain, **shape), degrees)
         return FoundPrior(_nearest(scored, tie=1.0)[0], tuple(trials.done))
     if prior.mean_degree is None:
         alike = _nearest(trials.sparse_to_dense(plain, degrees))
@@ -207,7 +205,7 @@ class _Trials:
             self._progress(number + 1, self._at_most, asdict(self.done[-1]))
         return prior, k
 
-    def sparse_to_dense(self, prior: GraphPrior, degrees: Sequence[float]) -> list[_Scored]:
+    def sparse_to_dense(self, prior: GraphPrior, degrees: Sequence[Any]) -> list[_Scored]:
         scored: list[_Scored] = []
         for degree in degrees:
             if scored and scored[-1][1] > _HOPELESS * min(k for _, k in scored):
