@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .distill.student import StudentSettings as StudentSettings
     from .distill.student import distill_student as distill_student
     from .distill.temperature import AdversarySettings as AdversarySettings
+    from .distill.twins import twinned_pool as twinned_pool
     from .edges import FactorLogits as FactorLogits
     from .edges import arm_gradient as arm_gradient
     from .edges import sample_dense_edges as sample_dense_edges
@@ -56,6 +57,7 @@ _HOMES = {
     "learn": ".distill.inversion",
     "perturbed_pool": ".distill.perturbed",
     "random_pool": ".distill.pool",
+    "twinned_pool": ".distill.twins",
     "start_graphs": ".distill.pool",
     "RefineSettings": ".distill.refine",
     "refine": ".distill.refine",

@@ -164,6 +164,9 @@ def train_teacher(
 @click.option(
     "--perturb", type=float, help="Largest chance of an edge or feature to change, anew in every epoch [default: 0.2]."
 )
+@click.option(
+    "--twins", type=float, help="Largest chance of a node to get a twin [default: 0.3 if the teacher hides densities]."
+)
 @click.option("--epochs", type=int, help="Epochs of the student.")
 @click.option(
     "--reuse-classifier/--own-classifier", default=None, help="Let the teacher's frozen classifier answer [default]."
@@ -240,6 +243,7 @@ def _changes(options: dict[str, Any]) -> dict[str, Any]:
         "start_share": options["start_share"],
         **{f"refine.{name}": options[name] for name in _SEARCH},
         "perturbation": options["perturb"],
+        "twins": options["twins"],
         "student.epochs": options["epochs"],
         "student.reuse_classifier": options["reuse_classifier"],
         "student.projector": options["projector"],

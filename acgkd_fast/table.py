@@ -24,11 +24,11 @@ from .checkpoints import load_model, save_model
 from .data import GraphDataset, house_or_cycle, load_dataset
 from .distill.config import RunConfig
 from .distill.metrics import MetricsLog
-from .distill.perturbed import perturbed_pool
 from .distill.pool import random_pool
 from .distill.prior_search import find_prior
 from .distill.run import Run
 from .distill.student import distill_student, plain_student, pool_agreement, teacher_logits
+from .distill.student_pool import student_pool
 from .errors import InputError, check
 from .graphs import GraphBatch
 from .nn.models import parse_arch
@@ -73,6 +73,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "start graphs": {"refine.steps": 0},
     "all graphs searched": {"start_share": 0.0},
     "graphs in parts": {"refine.connected": False},
+    "no twins": {"twins": 0.0},
     "pool as it is": {"perturbation": 0.0},
     "first defaults": {
         "student.reuse_classifier": False,
@@ -91,6 +92,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mean square of logits": {"student.kl_weight": 0.0, "student.mse_weight": 1.0},
 }
 
+# Settings that the pool does not depend on.
+_OF_STUDENTS = ("perturbation", "twins", "student")
 # What a cell keeps of what the run says about its pool.
 _WITNESS = ("k", "cross_entropy", "agreement", "edges", "mean_degree", "density", "candidates", "peak_memory_mib")
 
@@ -322,15 +325,14 @@ class Table:
 
     def _ours(self, task: Task) -> tuple[nn.Module, dict[str, Any]]:
         graphs, facts = self._pool(task)
-        model = task.taught(perturbed_pool(graphs, task.config.pool_perturbation(), seed=task.seed))
+        model = task.taught(student_pool(task.case.teacher, graphs, task.config, task.student))
         witness = pool_agreement(task.case.teacher, model, graphs, settings=task.config.student)
         return model, {**facts, "student_agreement": witness["agreement"], "student_divergence": witness["divergence"]}
 
     def _pool(self, task: Task) -> tuple[GraphBatch, dict[str, Any]]:
         """Through a run folder, so that the table measures what users run."""
-        settings = json.dumps(
-            {name: value for name, value in task.config.to_dict().items() if name not in ("perturbation", "student")}
-        )
+        values = task.config.to_dict()
+        settings = json.dumps({name: value for name, value in values.items() if name not in _OF_STUDENTS})
         if settings not in self._pools:
             with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)

@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import KERNELS, LAYOUT_KINDS, OPCHECKED, kernels, make_layout, normal, opcheck, reference_kernels  # noqa: F401
+from helpers import (  # noqa: F401
+    KERNELS,
+    LAYOUT_KINDS,
+    OPCHECKED,
+    kernels,
+    make_layout,
+    normal,
+    opcheck,
+    reference_kernels,
+)
 
 import acgkd_fast as af
 from acgkd_fast import _library

@@ -164,7 +164,7 @@ def test_pools_of_bounded_searches_stay_as_they_are(tmp_path):
     for bound in ({"refine.keep_degrees": True}, {"refine.max_degree": 4}):
         assert make_config(**bound).pool_perturbation() == 0.0
         assert make_config(perturbation=0.1, **bound).pool_perturbation() == 0.1
-    graphs = ring_graphs(count=3)
+    graphs = ring_graphs(count=3, width=make_teacher().num_features)
     for name, constraint, kept in (("free", None, False), ("bounded", lambda pool: torch.ones(3), True)):
         pool = Run(tmp_path / name, make_teacher(), make_config(), constraint=constraint)._pool(graphs)
         assert (pool is graphs) == kept

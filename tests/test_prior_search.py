@@ -79,11 +79,51 @@ def test_start_graphs_whose_features_are_degrees_tell_density_and_shape(arch, na
     found = find_prior(teacher, unknown, num_graphs=32, steps=1)
     assert found.prior.mean_degree == pytest.approx(degree, rel=0.01)
     assert {field: getattr(found.prior, field) for field in SHAPES[name]} == SHAPES[name]
-    best = min(found.tried, key=lambda trial: trial.k)
-    assert found.alike == () and round(found.prior.mean_degree, 2) == best.mean_degree
-    again = af.start_graphs(teacher, found.prior, 400, seed=0)
-    assert pool_witness(teacher, again)["k"] == pytest.approx(best.k)
+    assert found.alike == ()
+    # Those of least K were drawn again.
+    once, often = ([trial for trial in found.tried if trial.draws == draws] for draws in (1, 8))
+    assert once + often == list(found.tried) and len(often) == 6
+    assert {replace(trial, draws=1, k=0.0) for trial in often} == {
+        replace(trial, k=0.0) for trial in sorted(once, key=lambda trial: trial.k)[:6]
+    }
+    best = min(often, key=lambda trial: trial.k)
+    assert round(found.prior.mean_degree, 2) == best.mean_degree
+    drawn_again = [af.start_graphs(teacher, found.prior, 400, seed=seed) for seed in range(8)]
+    ks = torch.tensor([pool_witness(teacher, graphs)["k"] for graphs in drawn_again])
+    assert float(ks.log().mean().exp()) == pytest.approx(best.k)
+    first = next(trial for trial in once if replace(trial, k=0.0) == replace(best, draws=1, k=0.0))
+    assert float(ks[0]) == pytest.approx(first.k)
     assert find_prior(teacher, unknown, num_graphs=32, tried=found.tried[:3]) == found
+    assert find_prior(teacher, unknown, num_graphs=32, tried=found.tried[:-1]) == found
+
+
+@pytest.mark.parametrize(("ratio", "plainer"), [(1.2, True), (1.3, False)])
+def test_a_plainer_shape_is_taken_where_its_k_is_hardly_more(ratio, plainer):
+    prior = af.GraphPrior(14, 20, mean_degree=5.0, size_spread=0.0, degree_growth=0.0, feature_kind="degree")
+    found = find_prior(calibrated("gin3-32", 5.0, prior), prior, num_graphs=8)
+    kinds = [trial for trial in found.tried if trial.draws == 1]
+    hubs = {trial.hub_share for trial in kinds}
+    assert hubs == {0.0, 0.5}
+    earlier = [
+        replace(trial, draws=draws, k=ratio if trial == kinds[0] else 1.0) for draws in (1, 8) for trial in kinds
+    ]
+    taken = find_prior(calibrated("gin3-32", 5.0, prior), prior, num_graphs=8, tried=earlier).prior
+    assert (taken.hub_share, taken.ego_networks) == ((0.0, False) if plainer else (0.5, False))
+
+
+def test_dense_start_graphs_are_fewer(monkeypatch):
+    asked = []
+
+    def spy(teacher, prior, count, *, seed):
+        asked.append((prior.expected_degree, count))
+        return af.start_graphs(teacher, prior, min(count, 2), seed=seed)
+
+    monkeypatch.setattr("acgkd_fast.distill.prior_search.start_graphs", spy)
+    monkeypatch.setattr("acgkd_fast.distill.prior_search._START_EDGES", 2**12)
+    prior = af.GraphPrior(60, 68, feature_kind="degree", **PLAIN)
+    find_prior(calibrated("gcn3-32", 5.0, replace(prior, mean_degree=5.0)), prior)
+    assert asked[0] == (2.05, 31) and min(count for _, count in asked) == 8
+    assert all(count == max(int(2**12 / (64 * degree)), 8) for degree, count in asked)
 
 
 def test_a_stated_density_is_kept_where_features_are_degrees():
@@ -150,7 +190,8 @@ def test_several_stated_degrees_stay(kind):
     prior = af.GraphPrior(14, 20, mean_degree=(2.05, 4.0), feature_kind=kind)
     teacher = calibrated("gin3-32", 3.0, replace(PRIOR, feature_kind=kind))
     found = find_prior(teacher, prior, num_graphs=8, steps=5)
-    assert found.prior.mean_degree == (2.05, 4.0) and found.alike == () and len(found.tried) == 3
+    assert found.prior.mean_degree == (2.05, 4.0) and found.alike == ()
+    assert len({replace(trial, draws=1, k=0.0) for trial in found.tried}) == 3
     assert find_prior(teacher, found.prior) == FoundPrior(found.prior)
 
 

@@ -51,6 +51,10 @@ class RunConfig:
             features change (:func:`~.perturbed.perturbed_pool`), so that it cannot learn the pool by heart; 0 teaches
             the pool as it is. None: see :meth:`pool_perturbation`. With ``student.redraw`` the graphs are drawn anew
             in its place.
+        twins: the largest probability with which, anew in every epoch, a node gets a twin, in [0, 1]
+            (:func:`~.twins.twinned_pool`); 0 leaves them out. None: 0.3 in perturbed pools whose teacher computes the
+            same when all nodes have twins, so that it cannot tell a density, and whose student does not; 0 elsewhere,
+            and where node features are degrees.
         student: training of the student.
     """
 
@@ -64,6 +68,7 @@ class RunConfig:
     refine: RefineSettings = field(default_factory=lambda: RefineSettings(unlabelled=0.25))
     start_share: float | None = None
     perturbation: float | None = None
+    twins: float | None = None
     student: StudentSettings = field(default_factory=StudentSettings)
 
     def __post_init__(self) -> None:
@@ -74,6 +79,9 @@ class RunConfig:
         share = self.perturbation
         fits = share is None or (is_number(share) and 0.0 <= share < 1.0)
         check(fits, "perturbation", "None or a number in [0, 1)", share)
+        twins = self.twins
+        fits = twins is None or (is_number(twins) and 0.0 <= twins <= 1.0)
+        check(fits, "twins", "None or a number in [0, 1]", twins)
         check(isinstance(self.scale_steps, bool), "scale_steps", "True or False", self.scale_steps)
         kept = self.start_share
         fits = kept is None or (is_number(kept) and 0.0 <= kept <= 1.0)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import check, is_integer
@@ -26,9 +27,15 @@ _FULLEST = 0.8
 _HOPELESS = 10.0
 # A factor between the K of two short searches that says nothing once both have come near.
 _TIE = 2.0
-# Nodes of all start graphs whose own K is asked, and how many graphs at most.
+# Nodes and directed edges of all start graphs whose own K is asked, and how many graphs they are.
 _START_NODES = 8192
-_MOST_STARTS = 400
+_START_EDGES = 2**20
+_FEWEST_STARTS, _MOST_STARTS = 8, 400
+# K of other graphs drawn alike is 1.4 times as large or small (IMDB-BINARY's GIN teachers, one standard deviation), as
+# a few extreme ones decide it. So this many kinds of least K are drawn so often, and an average may err by a factor.
+_CONTENDERS = 6
+_DRAWS = 8
+_ERROR = 1.25
 # From plain to special: molecules, discussion threads, and networks of collaborators of less or more unequal sizes.
 _SHAPES: tuple[dict[str, Any], ...] = (
     {"hub_share": 0.0, "size_spread": 0.0, "degree_growth": 0.0, "ego_networks": False},
@@ -36,19 +43,30 @@ _SHAPES: tuple[dict[str, Any], ...] = (
     {"hub_share": 0.0, "size_spread": 0.5, "degree_growth": 1.0, "ego_networks": True},
     {"hub_share": 0.0, "size_spread": 1.0, "degree_growth": 1.0, "ego_networks": True},
 )
+# Nothing is searched where features are degrees, so that more can be compared: twice as many densities, and threads of
+# more or less unequal sizes.
+_START_RATIO = _RATIO**0.5
+_START_SHAPES = (
+    *_SHAPES[:2],
+    {"hub_share": 0.5, "size_spread": 0.5, "degree_growth": 0.0, "ego_networks": False},
+    {"hub_share": 0.5, "size_spread": 1.0, "degree_growth": 0.0, "ego_networks": False},
+    *_SHAPES[2:],
+)
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Start graphs of one kind, fields as in :class:`~acgkd_fast.GraphPrior`, and their K, searched or as they are."""
+    """Start graphs of one kind, fields as in :class:`~acgkd_fast.GraphPrior`, how often they were drawn, and their K,
+    searched or as they are; of several draws its geometric mean."""
 
     mean_degree: float
     hub_share: float
     size_spread: float
     degree_growth: float
     ego_networks: bool
+    draws: int
     k: float
 
 
@@ -90,14 +108,17 @@ def find_prior(
 
     If node features are degrees, nothing is searched: the features of start graphs are their own degrees, as those of
     the teacher's graphs were, so that K tells all densities of all shapes from each other, those that a teacher's
-    normalisation by degree would hide too. The least is taken.
+    normalisation by degree would hide too. Densities then are 1.18 times the last, and graphs with hubs also come with
+    sizes that spread. The six kinds of least K are drawn eight times each. The best on the (geometric) average is
+    taken, or, where one of a plainer shape has at most 1.25 times its K, that one.
 
     Args:
         teacher: a Teacher or any module that `as_teacher` accepts; stays frozen.
         prior: sizes and features. What it states stays; what is None is looked for. Stated hubs leave no room for ego
             networks, nor these for hubs.
         num_graphs, steps: of each search. With the defaults all of them together cost about a third of a search for 400
-            graphs. Where nothing is searched, up to 400 graphs tell K, and at least `num_graphs`.
+            graphs. Where nothing is searched, up to 400 graphs tell K, and at least `num_graphs` unless they have more
+            than 2^20 directed edges.
         seed: of starts and searches.
         tried: trials of an earlier call with the same arguments that was cut off, which are not run again.
         progress: called after every trial with its number, how many there are at most, and the trial's fields.
@@ -127,19 +148,20 @@ def find_prior(
             )
         return FoundPrior(plain)
     most = _FULLEST * ((prior.min_nodes + prior.max_nodes) / 2 - 1)
+    by_starts = prior.feature_kind == "degree"
+    ratio = _START_RATIO if by_starts else _RATIO
     degrees: list[Any] = [degree]
-    while prior.mean_degree is None and degrees[-1] * _RATIO <= most:
-        degrees.append(degrees[-1] * _RATIO)
+    while prior.mean_degree is None and degrees[-1] * ratio <= most:
+        degrees.append(degrees[-1] * ratio)
     # A stated hub or ego network decides which of the two it is: neither means anything beside the other.
     stated = {**({"ego_networks": False} if prior.hub_share else {}), **stated}
     stated = {**stated, **({"hub_share": 0.0} if prior.ego_networks else {})}
     shapes = []
-    for shape in _SHAPES:
+    for shape in _START_SHAPES if by_starts else _SHAPES:
         shapes += [s for s in [{**shape, **stated}] if s not in shapes]
     if len(degrees) == len(shapes) == 1:
         return FoundPrior(plain)
-    by_starts = prior.feature_kind == "degree"
-    at_most = len(degrees) * len(shapes) if by_starts else len(degrees) + len(shapes)
+    at_most = len(degrees) * len(shapes) + _CONTENDERS if by_starts else len(degrees) + len(shapes)
     trials = _Trials(teacher, num_graphs, steps, seed, tried, progress, at_most)
 
     found, alike = plain, []
@@ -147,7 +169,7 @@ def find_prior(
         scored: list[_Scored] = []
         for shape in shapes:
             scored += trials.sparse_to_dense(replace(plain, **shape), degrees)
-        return FoundPrior(_nearest(scored, tie=1.0)[0], tuple(trials.done))
+        return FoundPrior(trials.best_start(scored), tuple(trials.done))
     if prior.mean_degree is None:
         alike = _nearest(trials.sparse_to_dense(plain, degrees))
         found = alike[0]
@@ -159,13 +181,17 @@ def find_prior(
 _Scored = tuple[GraphPrior, float]
 
 
-def _nearest(scored: Sequence[_Scored], tie: float = _TIE) -> list[GraphPrior]:
-    """The prior of least K, or, where that is near 0, all up to `tie` times as far from it."""
+def _nearest(scored: Sequence[_Scored]) -> list[GraphPrior]:
+    """The prior of least K, or, where that is near 0, all whose K does not tell them from it."""
+    least = _least(scored)
+    near = _TIE * least if least <= K_WARNING else least
+    return [prior for prior, k in scored if k <= near]
+
+
+def _least(scored: Sequence[_Scored]) -> float:
     finite = [k for _, k in scored if math.isfinite(k)]
     check(bool(finite), "teacher", "statistics and weights that give a finite K", [k for _, k in scored])
-    least = min(finite)
-    near = tie * least if least <= K_WARNING else least
-    return [prior for prior, k in scored if k <= near]
+    return min(finite)
 
 
 class _Trials:
@@ -185,9 +211,9 @@ class _Trials:
         self.done: list[Trial] = []
         self._earlier, self._progress, self._at_most = list(tried), progress, at_most
 
-    def of(self, prior: GraphPrior) -> _Scored:
+    def of(self, prior: GraphPrior, draws: int = 1) -> _Scored:
         """A prior and the K of its trial."""
-        kind: dict[str, Any] = {name: getattr(prior, name) for name in _SHAPES[0]}
+        kind: dict[str, Any] = {name: getattr(prior, name) for name in _SHAPES[0]} | {"draws": draws}
         kind["mean_degree"] = round(prior.expected_degree, 2)
         for trial in self.done:
             if all(getattr(trial, name) == value for name, value in kind.items()):
@@ -199,7 +225,7 @@ class _Trials:
             check(same, "tried", f"trial {number + 1} of an earlier call with the same arguments ({kind})", earlier)
             self.done.append(earlier)
             return prior, earlier.k
-        k = self._k_of_starts(prior) if prior.feature_kind == "degree" else self._k_of_search(prior)
+        k = self._k_of_starts(prior, draws) if prior.feature_kind == "degree" else self._k_of_search(prior)
         self.done.append(Trial(**kind, k=k))
         if self._progress is not None:
             self._progress(number + 1, self._at_most, asdict(self.done[-1]))
@@ -213,10 +239,22 @@ class _Trials:
             scored.append(self.of(replace(prior, mean_degree=degree)))
         return scored
 
-    def _k_of_starts(self, prior: GraphPrior) -> float:
+    def best_start(self, scored: Sequence[_Scored]) -> GraphPrior:
+        """Those of least K are drawn again and again; of the plainest shape that is near the least, the nearest."""
+        last = sorted(k for _, k in scored if k >= _least(scored))[:_CONTENDERS][-1]
+        again = [self.of(prior, _DRAWS) for prior, k in scored if k <= last]
+        least = _least(again)
+        plainest = next(replace(prior, mean_degree=None) for prior, k in again if k <= _ERROR * least)
+        alike = [one for one in again if replace(one[0], mean_degree=None) == plainest]
+        return min(alike, key=lambda one: one[1])[0]
+
+    def _k_of_starts(self, prior: GraphPrior, draws: int) -> float:
         mean = (prior.min_nodes + prior.max_nodes) // 2
         count = max(self.num_graphs, min(_START_NODES // mean, _MOST_STARTS))
-        return pool_witness(self.teacher, start_graphs(self.teacher, prior, count, seed=self.seed))["k"]
+        count = min(count, max(int(_START_EDGES / (mean * prior.expected_degree)), _FEWEST_STARTS))
+        drawn = (start_graphs(self.teacher, prior, count, seed=self.seed + draw) for draw in range(draws))
+        ks = torch.tensor([pool_witness(self.teacher, graphs)["k"] for graphs in drawn], dtype=torch.float64)
+        return float(ks.log().mean().exp())
 
     def _k_of_search(self, prior: GraphPrior) -> float:
         start = start_graphs(self.teacher, prior, self.num_graphs, seed=self.seed)

@@ -36,12 +36,12 @@ from .captured import stepper
 from .config import RunConfig
 from .inversion import Learner
 from .metrics import MetricsLog
-from .perturbed import perturbed_pool
 from .pool import divide_starts, random_pool, start_graphs
 from .prior_search import Trial, find_prior
 from .projector import equal_size_arch, head_can_be_copied, parameter_counts
 from .refine import Constraint, Refiner
 from .student import Pool, distill_student, new_student, pool_agreement
+from .student_pool import student_pool
 from .student_settings import StudentSettings
 from .witness import pool_size, pool_witness
 
@@ -257,7 +257,7 @@ class Run:
                 config.prior,
                 steps=config.prior_steps,
                 seed=config.seed,
-                tried=[Trial(**{name: row[name] for name in (*SHAPE, "k")}) for row in rows],
+                tried=[Trial(**{name: row[name] for name in (*SHAPE, "draws", "k")}) for row in rows],
                 progress=lambda step, total, values: self._report("prior", step, total, values),
             )
             chosen = {name: getattr(found.prior, name) for name in SHAPE}
@@ -289,10 +289,10 @@ class Run:
         return graphs
 
     def _pool(self, graphs: GraphBatch) -> Pool:
-        """What a student learns from: the pool, perturbed anew, or with `redraw` drawn anew, every epoch."""
+        """What a student learns from: the pool, changed a little, or with `redraw` drawn anew, every epoch."""
         if not self.config.student.redraw:
-            share = self.config.pool_perturbation(constrained=self._constraint is not None)
-            return perturbed_pool(graphs, share, seed=self.config.seed)
+            bounded = self._constraint is not None
+            return student_pool(self.teacher, graphs, self.config, self.student, constrained=bounded)
         learned = self._learn(graphs)
         after = self.config.learn.steps + 1
         return lambda epoch: learned.harden(seed=self.config.seed, step=after + epoch)
