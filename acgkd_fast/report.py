@@ -129,7 +129,7 @@ def _prior(rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> list[str]:
     named = {"mean_degree": "mean degree", "hub_share": "hub share", "size_spread": "spread of sizes"}
     named |= {"degree_growth": "growth of degrees", "ego_networks": "ego networks"}
     as_they_are = config["settings"]["prior"]["feature_kind"] == "degree"
-    named |= {"k": "K of the start graphs" if as_they_are else "K after a short search"}
+    named |= {"draws": "draws", "k": "K of the start graphs"} if as_they_are else {"k": "K after a short search"}
     head = "".join(f"<th>{text}</th>" for text in named.values())
     body = "".join("<tr>" + "".join(f"<td>{_figures(row[name])}</td>" for name in named) + "</tr>" for row in tried)
     last = [row for row in rows if "k" not in row][-1:]

@@ -98,8 +98,11 @@ def test_a_share_of_nodes_has_twins_and_every_graph_its_own(share):
     for epoch in (0, 5):
         found = pool(epoch)
         grown = (found.sizes - graphs.sizes) / graphs.sizes
-        assert abs(float(grown.mean()) - share / 2) < 4 * share / 12**0.5 / 200**0.5
-        assert grown.min() < 0.1 * share + 0.05 and grown.max() > 0.8 * share
+        # Half of the graphs may have none, and some of the others happen to.
+        none = 0.5 + 0.5 * (1 - (1 - share) ** 51) / (51 * share)
+        assert abs(float((grown == 0.0).double().mean()) - none) < 4 * 0.5 / 200**0.5
+        assert abs(float(grown.mean()) - share / 4) < 4 * share * (5 / 48) ** 0.5 / 200**0.5
+        assert grown.max() > 0.8 * share
         assert torch.equal(found.y, graphs.y)
 
 
@@ -157,8 +160,9 @@ def test_a_student_learns_that_density_does_not_matter():
     settings = af.StudentSettings(epochs=15, reuse_classifier=False, feature_weight=0.0)
     theirs, error = teacher_logits(teacher, dense_ones), {}
     for name, graphs in (("as it is", pool), ("twins", twinned_pool(pool, 1.0))):
-        student = af.as_teacher(af.distill_student(teacher, graphs, "gin3-32", settings))
-        error[name] = float((teacher_logits(student, dense_ones) - theirs).square().mean())
+        students = (af.distill_student(teacher, graphs, "gin3-32", settings, seed=seed) for seed in range(3))
+        answers = torch.stack([teacher_logits(af.as_teacher(student), dense_ones) for student in students])
+        error[name] = float((answers - theirs).square().mean())
     assert error["twins"] < 0.5 * error["as it is"]
 
 

@@ -26,8 +26,9 @@ def twinned_pool(pool: Pool, share: float = 0.3, *, seed: int = 0) -> Pool:
     every node has one, a GCN layer computes for both what it computed for the one (self-loops included, all degrees
     and all sums are twice what they were), while a layer that sums over neighbours sees other numbers. So a GCN teacher
     cannot tell how dense its graphs were, and its student has to learn that it does not matter. With twins for some
-    nodes that holds nearly. Each graph draws a probability of its own, uniform in [0, `share`), with which each of its
-    nodes gets a twin; the teacher answers for the graphs as they have become (docs/research.md, section 18).
+    nodes that holds nearly. About half of the graphs have no twins in an epoch; each of the others draws a probability
+    of its own, uniform in [0, `share`), with which each of its nodes gets one. The teacher answers for the graphs as
+    they have become (docs/research.md, section 18).
 
     Args:
         pool: graphs without self-loops, or a function of the epoch that gives such graphs, on one device.
@@ -49,7 +50,7 @@ def twinned_pool(pool: Pool, share: float = 0.3, *, seed: int = 0) -> Pool:
     def draw(epoch: int) -> GraphBatch:
         graphs = pool(epoch) if callable(pool) else pool
         stream = torch.Generator().manual_seed(_STREAM + (seed << 20) + epoch)
-        chance = share * torch.rand(graphs.num_graphs, generator=stream)
+        chance = share * (2.0 * torch.rand(graphs.num_graphs, generator=stream) - 1.0).clamp(min=0.0)
         hit = torch.rand(graphs.num_nodes, generator=stream) < chance[graphs.batch().cpu()]
         return with_twins(graphs, hit.to(graphs.x.device))
 
