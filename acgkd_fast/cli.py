@@ -165,7 +165,9 @@ def train_teacher(
     "--perturb", type=float, help="Largest chance of an edge or feature to change, anew in every epoch [default: 0.2]."
 )
 @click.option(
-    "--twins", type=float, help="Largest chance of a node to get a twin [default: 0.3 if the teacher hides densities]."
+    "--twins",
+    type=float,
+    help="Largest chance of a node to get a twin [default: 0.3 if the student sees a density that the teacher hides].",
 )
 @click.option("--epochs", type=int, help="Epochs of the student.")
 @click.option(

@@ -28,7 +28,7 @@ from .distill.pool import random_pool
 from .distill.prior_search import find_prior
 from .distill.run import Run
 from .distill.student import distill_student, plain_student, pool_agreement, teacher_logits
-from .distill.student_pool import student_pool
+from .distill.student_pool import PoolChanges
 from .errors import InputError, check
 from .graphs import GraphBatch
 from .nn.models import parse_arch
@@ -58,7 +58,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learn then refine": {"learn.steps": 400},
     "refine without K": {"refine.lam_k": 0.0},
     "refine without CE": {"refine.w_ce": 0.0},
-    "cross-entropy to 0.5": {"refine.cap": 0.5},
+    # Measured, and rejected, before there were twins.
+    "cross-entropy to 0.5": {"refine.cap": 0.5, "twins": 0.0},
     "a quarter of the steps": {"refine.steps": 2000},
     "four times the steps": {"refine.steps": 32000},
     "1000 graphs": {"num_graphs": 1000},
@@ -325,8 +326,10 @@ class Table:
 
     def _ours(self, task: Task) -> tuple[nn.Module, dict[str, Any]]:
         graphs, facts = self._pool(task)
-        model = task.taught(student_pool(task.case.teacher, graphs, task.config, task.student))
+        changes = PoolChanges.decided(task.case.teacher, graphs, task.config, task.student)
+        model = task.taught(changes.pool(graphs, task.seed))
         witness = pool_agreement(task.case.teacher, model, graphs, settings=task.config.student)
+        facts = {**facts, "twins": changes.twins}
         return model, {**facts, "student_agreement": witness["agreement"], "student_divergence": witness["divergence"]}
 
     def _pool(self, task: Task) -> tuple[GraphBatch, dict[str, Any]]:

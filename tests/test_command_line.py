@@ -55,22 +55,10 @@ def test_distill_command_and_resume(tmp_path, teacher_file):
 
 def test_what_the_command_line_says_of_the_graphs(tmp_path, teacher_file):
     out = tmp_path / "run"
-    small = (
-        "--num-graphs",
-        8,
-        "--refine-steps",
-        30,
-        "--epochs",
-        2,
-        "--perturb",
-        0.3,
-        "--start-share",
-        0.25,
-        "--twins",
-        0.4,
-    )
+    small = ("--num-graphs", 8, "--refine-steps", 30, "--epochs", 2)
+    changed = ("--perturb", 0.3, "--start-share", 0.25, "--twins", 0.4)
     shape = ("--mean-nodes", 8, "--mean-degree", 3.0, "--hub-share", 0.25)
-    result = invoke("distill", "--teacher", teacher_file, "--out", out, *small, *shape)
+    result = invoke("distill", "--teacher", teacher_file, "--out", out, *small, *changed, *shape)
     assert result.exit_code == 0, result.output
     settings = json.loads((out / "config.json").read_text())["settings"]
     assert (settings["perturbation"], settings["start_share"], settings["twins"]) == (0.3, 0.25, 0.4)

@@ -12,7 +12,7 @@ from test_run import make_config
 import acgkd_fast as af
 from acgkd_fast.distill.run import Run
 from acgkd_fast.distill.student import teacher_logits
-from acgkd_fast.distill.student_pool import student_pool
+from acgkd_fast.distill.student_pool import PoolChanges
 from acgkd_fast.distill.twins import tells_twins, twinned_pool, with_twins
 from acgkd_fast.errors import InputError
 from acgkd_fast.graphs import EdgeSample, GraphBatch
@@ -112,10 +112,18 @@ def test_epochs_differ_and_repeat():
     assert pairs(one(0)) == pairs(again(0))
     assert pairs(one(0)) != pairs(one(1)) and pairs(one(0)) != pairs(other(0))
     assert af.twinned_pool(graphs, 0.0) is graphs
-    perturbed = af.perturbed_pool(graphs, 0.2)
-    both = af.twinned_pool(perturbed, 0.5, seed=1)
-    # Who gets a twin does not hang on what was perturbed.
-    assert torch.equal(both(3).sizes, one(3).sizes) and pairs(both(3)) != pairs(one(3))
+
+
+def test_who_gets_a_twin_does_not_hang_on_what_is_perturbed():
+    graphs = ring_graphs(count=400)
+    numbered = GraphBatch(torch.arange(graphs.num_nodes)[:, None].double(), graphs.edges)
+    for epoch in (0, 5):
+        changed = (af.perturbed_pool(graphs, 0.4, seed=1)(epoch).x != graphs.x).any(1)
+        chosen = twinned_pool(numbered, 0.6, seed=1)(epoch).x.flatten().long().bincount() == 2
+        assert 0.1 < chosen.double().mean() < 0.2
+        assert abs(float(changed[chosen].double().mean() - changed[~chosen].double().mean())) < 0.03
+        per_graph = torch.stack([flags.view(400, -1).double().mean(1) for flags in (chosen, changed)])
+        assert abs(float(torch.corrcoef(per_graph)[0, 1])) < 0.2
 
 
 def test_bad_arguments_are_named():
@@ -128,8 +136,11 @@ def test_bad_arguments_are_named():
     with pytest.raises(InputError, match="seed: expected"):
         twinned_pool(graphs, 0.1, seed=-1)
     loop = EdgeSample.from_edge_index(torch.tensor([[0, 0, 1], [0, 1, 0]]), torch.tensor([0, 2]))
+    loops = GraphBatch(torch.ones(2, 1), loop)
+    with pytest.raises(InputError, match="pool: expected no self-loops"):
+        twinned_pool(loops, 0.5)
     with pytest.raises(InputError, match="graphs: expected no self-loops"):
-        twinned_pool(GraphBatch(torch.ones(2, 1), loop), 0.5)(0)
+        twinned_pool(lambda _: loops, 0.5)(0)
 
 
 def test_twins_are_for_students_that_see_a_density_which_their_teacher_does_not():
@@ -137,18 +148,20 @@ def test_twins_are_for_students_that_see_a_density_which_their_teacher_does_not(
     graphs = GraphBatch(graphs.x, graphs.edges.with_value(torch.ones_like(graphs.edges.value), symmetric=True))
 
     def has_twins(teacher, student, config, **given):
-        pool = student_pool(teacher, graphs, config, student, **given)
-        return any(pool(epoch).num_nodes != graphs.num_nodes for epoch in range(5)) if callable(pool) else False
+        return PoolChanges.decided(teacher, graphs, config, student, **given).twins
 
     gcn, gin = settled("gcn3-32"), settled("gin3-32")
-    assert has_twins(gcn, "gin3-16", config)
+    assert has_twins(gcn, "gin3-16", config) == 0.3
     assert not has_twins(gcn, "gcn3-16", config)
     assert not has_twins(gin, "gin3-16", config) and not has_twins(gin, "gcn3-16", config)
     assert not has_twins(gcn, "gin3-16", make_config(perturbation=None, **{"prior.feature_kind": "degree"}))
     assert not has_twins(gcn, "gin3-16", config, constrained=True)
     assert not has_twins(gcn, "gin3-16", make_config(perturbation=0.0))
     assert not has_twins(gcn, "gin3-16", make_config(twins=0.0))
-    assert has_twins(gin, "gcn3-16", make_config(perturbation=0.0, twins=0.5))
+    assert has_twins(gin, "gcn3-16", make_config(perturbation=0.0, twins=0.5)) == 0.5
+    both = PoolChanges(perturbation=0.2, twins=0.5)
+    assert both.pool(graphs, 3)(1).num_nodes == twinned_pool(graphs, 0.5, seed=3)(1).num_nodes
+    assert PoolChanges(0.0, 0.0).pool(graphs, 3) is graphs
 
 
 def test_a_student_learns_that_density_does_not_matter():

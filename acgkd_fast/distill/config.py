@@ -51,10 +51,10 @@ class RunConfig:
             features change (:func:`~.perturbed.perturbed_pool`), so that it cannot learn the pool by heart; 0 teaches
             the pool as it is. None: see :meth:`pool_perturbation`. With ``student.redraw`` the graphs are drawn anew
             in its place.
-        twins: the largest probability with which, anew in every epoch, a node gets a twin, in [0, 1]
-            (:func:`~.twins.twinned_pool`); 0 leaves them out. None: 0.3 in perturbed pools whose teacher computes the
-            same when all nodes have twins, so that it cannot tell a density, and whose student does not; 0 elsewhere,
-            and where node features are degrees.
+        twins: the largest probability with which, anew in every epoch, a node gets a twin, in [0, 1], in half of the
+            graphs (:func:`~.twins.twinned_pool`); 0 leaves them out. None: 0.3 in perturbed pools whose teacher has the
+            same node features when all nodes have twins, so that it cannot tell a density, and whose student has not; 0
+            elsewhere, and where features are degrees, which a twin's are not. Not with ``student.redraw``.
         student: training of the student.
     """
 
@@ -82,6 +82,7 @@ class RunConfig:
         twins = self.twins
         fits = twins is None or (is_number(twins) and 0.0 <= twins <= 1.0)
         check(fits, "twins", "None or a number in [0, 1]", twins)
+        check(not (twins and self.student.redraw), "twins", "None or 0 with student.redraw", twins)
         check(isinstance(self.scale_steps, bool), "scale_steps", "True or False", self.scale_steps)
         kept = self.start_share
         fits = kept is None or (is_number(kept) and 0.0 <= kept <= 1.0)

@@ -10,9 +10,6 @@ from ..errors import check, is_integer, is_number
 from ..graphs import EdgeSample, GraphBatch
 from .edge_lists import EdgeLists, pack, unpack
 
-# Keeps these draws apart from the order of the mini-batches, whose seeds are smaller.
-_STREAM = 1 << 62
-
 
 def perturbed_pool(
     graphs: GraphBatch, share: float = 0.2, *, seed: int = 0
@@ -47,7 +44,8 @@ def perturbed_pool(
     ptr, graph = graphs.ptr.cpu(), graphs.batch().cpu()
 
     def draw(epoch: int) -> GraphBatch:
-        stream = torch.Generator().manual_seed(_STREAM + (seed << 20) + epoch)
+        # The order of mini-batches comes from the same numbers, which make other things of them there.
+        stream = torch.Generator().manual_seed((seed << 20) + epoch)
         chance = share * torch.rand(graphs.num_graphs, generator=stream)
         x = _with_new_features(graphs.x, chance[graph], stream)
         both = _with_new_ends(ends, ptr, graph[ends[0]], chance, stream).to(x.device)

@@ -161,7 +161,8 @@ def find_prior(
         shapes += [s for s in [{**shape, **stated}] if s not in shapes]
     if len(degrees) == len(shapes) == 1:
         return FoundPrior(plain)
-    at_most = len(degrees) * len(shapes) + _CONTENDERS if by_starts else len(degrees) + len(shapes)
+    kinds = len(degrees) * len(shapes)
+    at_most = kinds + min(kinds, _CONTENDERS) if by_starts else len(degrees) + len(shapes)
     trials = _Trials(teacher, num_graphs, steps, seed, tried, progress, at_most)
 
     found, alike = plain, []
@@ -241,8 +242,10 @@ class _Trials:
 
     def best_start(self, scored: Sequence[_Scored]) -> GraphPrior:
         """Those of least K are drawn again and again; of the plainest shape that is near the least, the nearest."""
-        last = sorted(k for _, k in scored if k >= _least(scored))[:_CONTENDERS][-1]
-        again = [self.of(prior, _DRAWS) for prior, k in scored if k <= last]
+        _least(scored)
+        finite = [place for place, (_, k) in enumerate(scored) if math.isfinite(k)]
+        contenders = sorted(sorted(finite, key=lambda place: scored[place][1])[:_CONTENDERS])
+        again = [self.of(scored[place][0], _DRAWS) for place in contenders]
         least = _least(again)
         plainest = next(replace(prior, mean_degree=None) for prior, k in again if k <= _ERROR * least)
         alike = [one for one in again if replace(one[0], mean_degree=None) == plainest]

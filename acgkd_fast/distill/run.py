@@ -14,7 +14,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -41,7 +41,7 @@ from .prior_search import Trial, find_prior
 from .projector import equal_size_arch, head_can_be_copied, parameter_counts
 from .refine import Constraint, Refiner
 from .student import Pool, distill_student, new_student, pool_agreement
-from .student_pool import student_pool
+from .student_pool import PoolChanges
 from .student_settings import StudentSettings
 from .witness import pool_size, pool_witness
 
@@ -292,7 +292,10 @@ class Run:
         """What a student learns from: the pool, changed a little, or with `redraw` drawn anew, every epoch."""
         if not self.config.student.redraw:
             bounded = self._constraint is not None
-            return student_pool(self.teacher, graphs, self.config, self.student, constrained=bounded)
+            changes = PoolChanges.decided(self.teacher, graphs, self.config, self.student, constrained=bounded)
+            self.metrics.rewind("changes", -1)
+            self.metrics.write("changes", 0, asdict(changes))
+            return changes.pool(graphs, self.config.seed)
         learned = self._learn(graphs)
         after = self.config.learn.steps + 1
         return lambda epoch: learned.harden(seed=self.config.seed, step=after + epoch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ..graphs import GraphBatch
@@ -16,23 +18,39 @@ _TWINS = 0.3
 _ASKED = 16
 
 
-def student_pool(
-    teacher: Teacher, graphs: GraphBatch, config: RunConfig, student: str, *, constrained: bool = False
-) -> Pool:
-    """A pool perturbed and with twins as the settings have it, and where they leave it open as they suggest.
+@dataclass(frozen=True)
+class PoolChanges:
+    """How the graphs of a pool differ from epoch to epoch.
 
-    Args:
-        teacher: frozen.
-        graphs: the pool.
-        config: `perturbation` and `twins` count, and the seed.
-        student: architecture, by name; where twins are left open they are for students that tell them.
-        constrained: whether the search had a constraint of the user's own.
+    Attributes:
+        perturbation: see :func:`~.perturbed.perturbed_pool`.
+        twins: see :func:`~.twins.twinned_pool`.
     """
-    share = config.pool_perturbation(constrained=constrained)
-    twins = config.twins
-    if twins is None:
-        twins = _TWINS if share > 0.0 and _density_is_hidden(teacher, graphs, config, student) else 0.0
-    return twinned_pool(perturbed_pool(graphs, share, seed=config.seed), twins, seed=config.seed)
+
+    perturbation: float
+    twins: float
+
+    @classmethod
+    def decided(
+        cls, teacher: Teacher, graphs: GraphBatch, config: RunConfig, student: str, *, constrained: bool = False
+    ) -> PoolChanges:
+        """What the settings say, and where they leave it open, what :class:`~.config.RunConfig` says of None.
+
+        Args:
+            teacher: frozen.
+            graphs: the pool, some of which both models are asked about.
+            config: `perturbation` and `twins` count.
+            student: architecture, by name.
+            constrained: whether the search had a constraint of the user's own.
+        """
+        share, twins = config.pool_perturbation(constrained=constrained), config.twins
+        if twins is None:
+            twins = _TWINS if share > 0.0 and _density_is_hidden(teacher, graphs, config, student) else 0.0
+        return cls(share, twins)
+
+    def pool(self, graphs: GraphBatch, seed: int) -> Pool:
+        """The graphs so changed, anew in every epoch, or as they are."""
+        return twinned_pool(perturbed_pool(graphs, self.perturbation, seed=seed), self.twins, seed=seed)
 
 
 def _density_is_hidden(teacher: Teacher, graphs: GraphBatch, config: RunConfig, student: str) -> bool:
