@@ -45,7 +45,8 @@ def write_report(run: Path, rows: Sequence[dict[str, Any]], graphs: GraphBatch, 
         The path of the page. Without matplotlib it holds no pictures and says so.
     """
     parts = ["<h1>Distillation report</h1>", _table([row for row in rows if row["stage"] == "result"])]
-    parts += [_pool(row) for row in rows if row["stage"] == "pool"]
+    changes: dict[str, Any] = next((row for row in rows if row["stage"] == "changes"), {})
+    parts += [_pool({**changes, **row}) for row in rows if row["stage"] == "pool"]
     parts += _prior([row for row in rows if row["stage"] == "prior"], config)
     parts += [_sizes(row) for row in rows if row["stage"] == "parameters"]
     parts += _agreement([row for row in rows if row["stage"] == "agreement"])
@@ -117,6 +118,8 @@ def _pool(row: dict[str, Any]) -> str:
         "density": "edges over pairs of nodes",
         "candidates": "learned edge logits",
         "peak_memory_mib": "peak memory, MiB",
+        "perturbation": "for the student: largest chance of a change, anew in every epoch",
+        "twins": "and of a node to get a twin",
     }
     body = "".join(f"<tr><td>{text}</td><td>{row[name]:.4g}</td></tr>" for name, text in named.items() if name in row)
     return f"<h2>The pseudo-graphs</h2><table>{body}</table>"

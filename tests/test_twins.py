@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from run_helpers import make_teacher
@@ -185,6 +187,12 @@ def test_a_run_teaches_a_pool_with_twins(tmp_path):
         run = Run(tmp_path / name, make_teacher(), make_config(twins=twins, perturbation=0.1), student="gin3-8")
         run.execute()
         saved.append((tmp_path / name / "student.safetensors").read_bytes())
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        (changes,) = [line for line in lines if line["stage"] == "changes"]
+        expected = 0.3 if twins is None else 0.0
+        assert (changes["perturbation"], changes["twins"]) == (0.1, expected)
+        report = (tmp_path / name / "report.html").read_text()
+        assert f"and of a node to get a twin</td><td>{expected:.4g}</td>" in report
     assert saved[0] != saved[1]
     same = [
         Run(tmp_path / f"{twins}", make_teacher(), make_config(twins=twins, perturbation=0.1)) for twins in (None, 0.0)
