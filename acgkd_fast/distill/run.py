@@ -180,11 +180,12 @@ class Run:
         check(students >= 1, "students", "at least 1", students)
         graphs = self.make_graphs()
         seeds = [self.config.seed + k for k in range(students)]
-        taught = [self.teach("student", self._pool(graphs), seed) for seed in seeds]
+        pool = self._pool(graphs)
+        taught = [self.teach("student", pool, seed) for seed in seeds]
         save_model(self.folder / "student.safetensors", taught[0], {"teacher": self.description["teacher"]})
         self._witness(taught, seeds, graphs)
         self.metrics.rewind("result", -1)
-        results = [] if evaluation is None else self._measure(evaluation, taught, seeds)
+        results = [] if evaluation is None else self._measure(evaluation, taught, seeds, pool)
         for position, row in enumerate(results):
             self.metrics.write("result", position, row)
         write_report(self.folder, self.metrics.read(), graphs, self.description)
@@ -208,7 +209,9 @@ class Run:
                 stacklevel=3,
             )
 
-    def _measure(self, evaluation: Evaluation, taught: Sequence[nn.Module], seeds: list[int]) -> list[dict[str, Any]]:
+    def _measure(
+        self, evaluation: Evaluation, taught: Sequence[nn.Module], seeds: list[int], pool: Pool
+    ) -> list[dict[str, Any]]:
         config = self.config
         random = random_pool(self.teacher, self.prior, config.num_graphs, seed=config.seed)
         rows: dict[str, Sequence[nn.Module]] = {
@@ -222,7 +225,6 @@ class Run:
                 self.student, self.teacher.num_features, self.teacher.num_classes, self.parameters["student"]
             )
             plain = replace(settings, reuse_classifier=False, feature_weight=0.0)
-            pool = self._pool(self.make_graphs())
             rows[f"plain {wide} of equal size on pseudo-graphs"] = [
                 self.teach("plain", pool, seed, wide, plain) for seed in seeds
             ]

@@ -80,19 +80,18 @@ def with_twins(graphs: GraphBatch, chosen: torch.Tensor) -> GraphBatch:
         InputError: self-loops.
     """
     _check_loops("graphs", graphs)
-    edges = graphs.edges
-    row, col, value = edges.row(), edges.col[: edges.num_edges].long(), edges.value[: edges.num_edges]
+    (row, col), value = graphs.to_edge_index()
     copies = 1 + chosen.long()
     first = copies.cumsum(0) - copies
     twins = first[chosen]
-    parts = [torch.stack([first[row], first[col]]), torch.stack([twins, twins + 1]), torch.stack([twins + 1, twins])]
-    values = [value, *[value.new_ones(len(twins))] * 2]
-    for of_row, of_col in ((1, 0), (0, 1), (1, 1)):
+    parts = [torch.stack([twins, twins + 1]), torch.stack([twins + 1, twins])]
+    values = [value.new_ones(len(twins))] * 2
+    for of_row, of_col in ((0, 0), (1, 0), (0, 1), (1, 1)):
         both = (chosen[row] | (of_row == 0)) & (chosen[col] | (of_col == 0))
         parts.append(torch.stack([first[row[both]] + of_row, first[col[both]] + of_col]))
         values.append(value[both])
     ptr = torch.nn.functional.pad(copies.cumsum(0), (1, 0))[graphs.ptr]
-    pairs = EdgeSample.from_edge_index(torch.cat(parts, 1), ptr, torch.cat(values), symmetric=edges.symmetric)
+    pairs = EdgeSample.from_edge_index(torch.cat(parts, 1), ptr, torch.cat(values), symmetric=graphs.edges.symmetric)
     return GraphBatch(graphs.x.repeat_interleave(copies, 0), pairs, graphs.y)
 
 
