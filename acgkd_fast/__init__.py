@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .nn.accelerate import accelerate as accelerate
     from .nn.accelerate import acceleration_report as acceleration_report
     from .nn.accelerate import restore as restore
+    from .propagate import gat_propagate as gat_propagate
     from .propagate import gcn_propagate as gcn_propagate
     from .propagate import gin_propagate as gin_propagate
     from .propagate import readout as readout
@@ -77,6 +78,7 @@ _HOMES = {
     "accelerate": ".nn.accelerate",
     "acceleration_report": ".nn.accelerate",
     "restore": ".nn.accelerate",
+    "gat_propagate": ".propagate",
     "gcn_propagate": ".propagate",
     "gin_propagate": ".propagate",
     "readout": ".propagate",

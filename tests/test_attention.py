@@ -10,9 +10,26 @@ from acgkd_fast.edges import sample_edges
 from acgkd_fast.errors import InputError
 from acgkd_fast.graphs import EdgeSample
 from acgkd_fast.layout import PairLayout
-from acgkd_fast.nn import GATConv
+from acgkd_fast.nn import GATConv, gat_conv
+from acgkd_fast.propagate import gat_propagate
 
 SIZES = [5, 1, 17, 33]
+
+
+@pytest.fixture(params=["fused", "composed"])
+def path(request, monkeypatch):
+    """One operator, or what runs on other devices than the CPU, with dropout and with edge features."""
+    called = []
+
+    def fused(*arguments, **options):
+        called.append(1)
+        return gat_propagate(*arguments, **options)
+
+    monkeypatch.setattr(gat_conv, "gat_propagate", fused)
+    if request.param == "composed":
+        monkeypatch.setattr(gat_conv, "_is_fused", lambda *_: False)
+    yield request.param
+    assert bool(called) == (request.param == "fused")
 
 
 def dense_attention(layer: GATConv, x: torch.Tensor, adjacency: torch.Tensor) -> torch.Tensor:
@@ -32,7 +49,7 @@ def dense_attention(layer: GATConv, x: torch.Tensor, adjacency: torch.Tensor) ->
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("heads", [1, 3])
-def test_values_and_gradients_are_those_of_a_dense_softmax(heads, symmetric):
+def test_values_and_gradients_are_those_of_a_dense_softmax(path, heads, symmetric):
     torch.manual_seed(0)
     layer = GATConv(6, 4, heads=heads).double()
     torch.nn.init.normal_(layer.bias)
@@ -50,7 +67,7 @@ def test_values_and_gradients_are_those_of_a_dense_softmax(heads, symmetric):
     assert torch.equal(layer(x, edges), out)
 
 
-def test_gradcheck():
+def test_gradcheck(path):
     torch.manual_seed(0)
     layer = GATConv(3, 2, heads=2).double()
     edges, weight = random_edges([4, 3], symmetric=False, seed=2)
@@ -59,7 +76,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x, w: layer(x, edges.with_value(w)), (x, weight))
 
 
-def test_pytorch_geometric_has_the_same_layer():
+def test_pytorch_geometric_has_the_same_layer(path):
     nn = pytest.importorskip("torch_geometric.nn")
     torch.manual_seed(0)
     theirs = nn.GATConv(5, 4, heads=2)
@@ -72,7 +89,7 @@ def test_pytorch_geometric_has_the_same_layer():
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e3])
-def test_extreme_scores_stay_finite(scale):
+def test_extreme_scores_stay_finite(path, scale):
     layer = GATConv(2, 3)
     edges, _ = random_edges([6, 9], symmetric=True, seed=3, dtype=torch.float32)
     x = (scale * torch.randn(15, 2)).requires_grad_()
@@ -81,7 +98,7 @@ def test_extreme_scores_stay_finite(scale):
     assert out.isfinite().all() and x.grad.isfinite().all()
 
 
-def test_nodes_without_edges_and_graphs_without_nodes():
+def test_nodes_without_edges_and_graphs_without_nodes(path):
     layer = GATConv(2, 3)
     x = torch.randn(4, 2)
     nothing = torch.empty(2, 0, dtype=torch.int64)
@@ -91,7 +108,7 @@ def test_nodes_without_edges_and_graphs_without_nodes():
     assert layer(x, spread).isfinite().all()
 
 
-def test_weight_zero_is_no_edge_and_unused_capacity_does_not_count():
+def test_weight_zero_is_no_edge_and_unused_capacity_does_not_count(path):
     layer = GATConv(2, 3)
     x = torch.randn(5, 2)
     edge_index = torch.tensor([[0, 1, 2, 3], [1, 0, 3, 2]])

@@ -11,13 +11,12 @@ from torch.nn.functional import dropout, leaky_relu
 
 from ..errors import InputError, check, check_choice
 from ..graphs import EdgeSample
+from ..propagate import gat_propagate
+from ..propagate.attention_reference import STEEPEST
 from .adjacency import Edges, SortedEdges, edge_list, entry_rows, revalued, sorted_edges
 from .gcn_conv import FLOWS, check_sum
 from .linear import make_linear
 from .messages import Ends, Entries, Nodes, Size, both_ends, check_square, check_widths, neighbour_sum, reduce_messages
-
-# Slopes of absent edges are cut off where e^x is beyond any use; edges that are there stay below e^0.
-_STEEPEST = 30.0
 
 
 class GATConv(nn.Module):
@@ -176,6 +175,13 @@ class _Neighbours:
     made: SortedEdges | None
     index: torch.Tensor
 
+    def weighted(self) -> EdgeSample:
+        """The matrix with the weights of the entries."""
+        weight = self.entries.weight
+        if weight is None or weight is self.matrix.value:
+            return self.matrix
+        return revalued(self.matrix, [weight], self.made)[0]
+
     def unsorted(self, entries: torch.Tensor) -> torch.Tensor:
         return entries if self.made is None else self.made.unsorted(entries)
 
@@ -200,6 +206,13 @@ def attend(
     loops = min(ends.senders.shape[0], ends.num_receivers) if layer.add_self_loops else 0
     source = (sent * layer.att_src).sum(-1)
     target = None if received is None else (received * layer.att_dst).sum(-1)
+    if received is sent and not return_attention_weights and _is_fused(layer, source, sent, around):
+        slope, added = layer.negative_slope, layer.add_self_loops
+        assert target is not None
+        out = gat_propagate(
+            sent.flatten(1), source, target, around.weighted(), negative_slope=slope, add_self_loops=added
+        )
+        return _finished(layer, out.view_as(sent), residual)
     share, own, total = _attention(layer, source, target, around, loops, ends.num_receivers)
 
     kept, kept_own = _dropped_out(layer, share, own, around)
@@ -209,14 +222,23 @@ def attend(
     if loops:
         added = kept_own[..., None] * sent[:loops]
         out = out + added if loops == out.shape[0] else torch.cat([out[:loops] + added, out[loops:]])
-    out = out / total[..., None]
-    out = out.flatten(1) if layer.concat else out.mean(dim=1)
-    out = out if residual is None else out + residual
-    out = out if layer.bias is None else out + layer.bias
+    out = _finished(layer, out / total[..., None], residual)
     if not return_attention_weights:
         return out
     alpha = torch.cat([around.unsorted(kept / total[around.entries.receiver]), kept_own / total[:loops]])
     return out, _with_attention(edges, around.index, loops, alpha, ends)
+
+
+def _is_fused(layer: Any, source: torch.Tensor, sent: torch.Tensor, around: _Neighbours) -> bool:
+    """Whether one operator does it all, which knows neither edge features nor dropout and has a kernel for the CPU."""
+    drops = layer.training and layer.dropout > 0
+    return sent.device.type == "cpu" and around.entries.attr is None and not drops and source.dtype == sent.dtype
+
+
+def _finished(layer: Any, out: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    out = out.flatten(1) if layer.concat else out.mean(dim=1)
+    out = out if residual is None else out + residual
+    return out if layer.bias is None else out + layer.bias
 
 
 def _transform(layer: Any, x: Nodes, ends: Ends) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -290,7 +312,7 @@ def _attention(
     e, own = leaky_relu(e, layer.negative_slope), leaky_relu(own, layer.negative_slope)
     highest = _highest(e.detach(), around, own.detach(), num_receivers)
     share, own = e - highest[receiver], (own - highest[:loops]).exp()
-    share = share.exp() if weight is None else weight.to(e.dtype)[:, None] * share.clamp(max=_STEEPEST).exp()
+    share = share.exp() if weight is None else weight.to(e.dtype)[:, None] * share.clamp(max=STEEPEST).exp()
     total = share.new_zeros(num_receivers, layer.heads).index_add(0, receiver, share)
     if loops:
         total = torch.cat([total[:loops] + own, total[loops:]])

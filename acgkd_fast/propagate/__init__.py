@@ -1,5 +1,5 @@
-"""GCN and GIN message passing on sampled edges, and graph readouts."""
+"""GCN, GIN and GAT message passing on sampled edges, and graph readouts."""
 
-from .api import gcn_propagate, gin_propagate, readout
+from .api import gat_propagate, gcn_propagate, gin_propagate, readout
 
-__all__ = ["gcn_propagate", "gin_propagate", "readout"]
+__all__ = ["gat_propagate", "gcn_propagate", "gin_propagate", "readout"]

@@ -15,9 +15,9 @@ _MODES = {"sum": reference.SUM, "mean": reference.MEAN, "max": reference.MAX}
 assert ops.GCN_PROPAGATE  # importing the module declares the operators
 
 
-def _check(x: torch.Tensor, edges: EdgeSample) -> None:
+def _check(x: torch.Tensor, edges: EdgeSample, name: str = "x") -> None:
     check(isinstance(edges, EdgeSample), "edges", "an EdgeSample", edges)
-    check_tensor("x", x, shape=(edges.num_nodes, None), dtypes=_DTYPES, device=edges.rowptr.device)
+    check_tensor(name, x, shape=(edges.num_nodes, None), dtypes=_DTYPES, device=edges.rowptr.device)
 
 
 def _fuses_candidates(x: torch.Tensor) -> bool:
@@ -102,6 +102,59 @@ def gin_propagate(x: torch.Tensor, edges: EdgeSample, eps: float | torch.Tensor 
         x.contiguous(), value, eps, port, table, edges.rowptr, edges.col, *edges.transposed(), kind
     )
     return result
+
+
+def gat_propagate(
+    sent: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    edges: EdgeSample,
+    *,
+    negative_slope: float = 0.2,
+    add_self_loops: bool = True,
+) -> torch.Tensor:
+    """sum_j alpha_ij sent_j, with attention alpha over the senders of every node and, by head, over the node itself:
+
+        alpha_ij = A_ij exp(e_ij) / sum_k A_ik exp(e_ik),    e_ij = leaky_relu(source_j + target_i)
+
+    Args:
+        sent: what nodes send, [N, H F], H heads side by side; float32, float64 or bfloat16 (accumulated in float32).
+        source, target: what a node adds to the score as a sender and as a receiver, [N, H], dtype of `sent`.
+        edges: the edges of the batch, of weights of at least 0, which count as multiplicities.
+        negative_slope: of the leaky rectifier.
+        add_self_loops: add an edge of weight 1 from every node to itself; edges must have none then.
+
+    Returns:
+        [N, H F], dtype of `sent`; rows whose values are all 0 give zeros. Equal input gives equal bits.
+
+    Gradients:
+        `sent`, `source`, `target` and ``edges.value``, stored edges of value 0 too; none for absent candidates that the
+        sample does not store (``edges.port``).
+
+    Raises:
+        InputError: tensors that do not fit the edges or each other.
+
+    Source: Veličković et al., arXiv 1710.10903, eqs. 3 to 5, with edge weights.
+    """
+    _check(sent, edges, "sent")
+    check_tensor("source", source, shape=(edges.num_nodes, None), dtypes=(sent.dtype,), device=sent.device)
+    check_tensor("target", target, shape=tuple(source.shape), dtypes=(sent.dtype,), device=sent.device)
+    heads = source.shape[1]
+    check(heads > 0 and sent.shape[1] % heads == 0, "source", f"heads that divide {sent.shape[1]} channels", source)
+    value = edges.value.to(sent.dtype)
+    out: torch.Tensor
+    out, *_ = torch.ops.acgkd_fast.gat_propagate(
+        sent.contiguous(),
+        source.contiguous(),
+        target.contiguous(),
+        value,
+        edges.rowptr,
+        edges.col,
+        *edges.transposed(),
+        negative_slope,
+        add_self_loops,
+    )
+    return out
 
 
 def readout(x: torch.Tensor, ptr: torch.Tensor, mode: str = "sum") -> torch.Tensor:

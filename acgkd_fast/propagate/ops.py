@@ -12,12 +12,16 @@ import torch
 from .._library import define, differentiate
 from ..edges import ops as edge_ops
 from ..edges.reference import compute_dtype
-from . import reference
+from . import attention_reference, reference
 
 _MATRIX = "Tensor rowptr, Tensor col, Tensor? t_rowptr, Tensor? t_col, Tensor? t_edge"
 
 # CANDIDATE_GRADIENT must be declared before a backward here can call it.
 assert edge_ops.CANDIDATE_GRADIENT
+
+
+def _wide_like(source: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(source, dtype=compute_dtype(source.dtype))
 
 
 def _degree_like(x: torch.Tensor) -> torch.Tensor:
@@ -46,6 +50,20 @@ GIN_PROPAGATE_BACKWARD = define(
     " -> (Tensor, Tensor, Tensor)",
     reference.gin_propagate_backward,
     lambda grad_out, x, value, eps, *_: (torch.empty_like(x), torch.empty_like(value), torch.empty_like(eps)),
+)
+
+GAT_PROPAGATE = define(
+    f"gat_propagate(Tensor sent, Tensor source, Tensor target, Tensor value, {_MATRIX}, float negative_slope,"
+    " bool add_self_loops) -> (Tensor, Tensor, Tensor)",
+    attention_reference.gat_propagate,
+    lambda sent, source, *_: (torch.empty_like(sent), *(_wide_like(source) for _ in range(2))),
+)
+GAT_PROPAGATE_BACKWARD = define(
+    "gat_propagate_backward(Tensor grad_out, Tensor sent, Tensor source, Tensor target, Tensor value, Tensor out,"
+    f" Tensor highest, Tensor total, {_MATRIX}, float negative_slope, bool add_self_loops)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    attention_reference.gat_propagate_backward,
+    lambda grad_out, *operands_and_rest: tuple(torch.empty_like(operand) for operand in operands_and_rest[:4]),
 )
 
 
@@ -122,6 +140,18 @@ def _gin_backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None
     return (grad_x, grad_value, grad_eps, grad_port, *[None] * (len(matrix) + 2))
 
 
+def _gat_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    *operands, negative_slope, add_self_loops = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*operands[:4], *output, *operands[4:])
+    ctx.settings = (negative_slope, add_self_loops)
+
+
+def _gat_backward(ctx: Any, grad_out: torch.Tensor, *_grads_of_sums: Any) -> tuple[torch.Tensor | None, ...]:
+    grads = torch.ops.acgkd_fast.gat_propagate_backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.settings)
+    return (*grads, *[None] * 7)
+
+
 def _readout_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, ptr, mode = inputs
     argmax = output[1]
@@ -137,4 +167,5 @@ def _readout_backward(ctx: Any, grad_out: torch.Tensor, _grad_argmax: Any) -> tu
 
 differentiate(GCN_PROPAGATE, _gcn_backward, _gcn_setup)
 differentiate(GIN_PROPAGATE, _gin_backward, _gin_setup)
+differentiate(GAT_PROPAGATE, _gat_backward, _gat_setup)
 differentiate(READOUT, _readout_backward, _readout_setup)

@@ -13,14 +13,14 @@ import torch
 from ..edges.reference import compute_dtype
 
 
-def _rows(rowptr: torch.Tensor) -> torch.Tensor:
+def rows_of(rowptr: torch.Tensor) -> torch.Tensor:
     """Row of each stored entry, int64 [nnz]."""
     counts = (rowptr[1:] - rowptr[:-1]).long()
     return torch.arange(counts.numel(), device=rowptr.device).repeat_interleave(counts)
 
 
 def _aggregate(rowptr: torch.Tensor, col: torch.Tensor, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    row = _rows(rowptr)
+    row = rows_of(rowptr)
     count = row.numel()
     messages = value[:count, None] * x[col[:count].long()]
     return torch.zeros_like(x).index_add_(0, row, messages)
@@ -45,7 +45,7 @@ def gcn_propagate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out = D^-1/2 (A + I) D^-1/2 x with D_i = sum_j A_ij (+ 1); also returns D^-1/2."""
     wide = compute_dtype(x.dtype)
-    row = _rows(rowptr)
+    row = rows_of(rowptr)
     degree = torch.zeros(x.shape[0], dtype=wide, device=x.device)
     degree = degree.index_add_(0, row, value[: row.numel()].to(wide)) + float(add_self_loops)
     scale = torch.where(degree > 0, degree, 1.0).rsqrt() * (degree > 0)
@@ -100,7 +100,7 @@ def _entry_gradient(
     length: int,
 ) -> torch.Tensor:
     """<left_row, right_col> + row_term_row of each entry; zero in the padding behind the last row."""
-    row = _rows(rowptr)
+    row = rows_of(rowptr)
     count = row.numel()
     entries = (left[row] * right[col[:count].long()]).sum(-1)
     if row_term is not None:
@@ -166,7 +166,7 @@ def readout(x: torch.Tensor, ptr: torch.Tensor, mode: int) -> tuple[torch.Tensor
     """
     wide = compute_dtype(x.dtype)
     sizes = (ptr[1:] - ptr[:-1]).long()
-    graph = _rows(ptr)
+    graph = rows_of(ptr)
     shape = (sizes.numel(), x.shape[1])
     if mode == MAX:
         index = graph[:, None].expand(-1, shape[1])
@@ -196,4 +196,4 @@ def readout_backward(
     if mode == MEAN:
         sizes = (ptr[1:] - ptr[:-1]).clamp(min=1)[:, None]
         grad_out = (grad_out.to(compute_dtype(grad_out.dtype)) / sizes).to(grad_out.dtype)
-    return grad_out[_rows(ptr)]
+    return grad_out[rows_of(ptr)]
