@@ -173,6 +173,47 @@ def compare(ops: Any, layer: str, inputs: Inputs, eps_dtype: torch.dtype = torch
     return found
 
 
+def run_attention(ops: Any, heads: int, inputs: Inputs, loops: bool) -> dict[str, torch.Tensor]:
+    """Every output of the two operators of attention; the case's width is that of a head."""
+    sent, source, target, grad_out = attention_operands(heads, inputs)
+    value, matrix = inputs.value(), inputs.matrix()
+    operands = inputs.features(sent), source.to(inputs.device), target.to(inputs.device), value
+    out, highest, total = ops.gat_propagate(*operands, *matrix, 0.2, loops)
+    back = ops.gat_propagate_backward(
+        inputs.features(grad_out), *operands, inputs.features(out), highest, total, *matrix, 0.2, loops
+    )
+    return {"out": out, "highest": highest, "total": total, **dict(zip(_ATTENTION_GRADIENTS, back, strict=True))}
+
+
+_ATTENTION_GRADIENTS = ("grad_sent", "grad_source", "grad_target", "grad_value")
+
+
+def attention_operands(heads: int, inputs: Inputs) -> list[torch.Tensor]:
+    nodes, seed = sum(inputs.case.sizes), inputs.case.seed
+    widths = (heads * inputs.case.width, heads, heads, heads * inputs.case.width)
+    return [normal((nodes, width), seed + 3 + k, inputs.dtype) for k, width in enumerate(widths)]
+
+
+def compare_attention(ops: Any, heads: int, inputs: Inputs, loops: bool = True) -> dict[str, torch.Tensor]:
+    """Run attention and compare every output with the oracle; returns the outputs."""
+    found = run_attention(ops, heads, inputs, loops)
+    *operands, grad_out = (tensor.double() for tensor in attention_operands(heads, inputs))
+    value, matrix = inputs.oracle_value(), inputs.oracle_matrix()
+    sums = _library.reference("gat_propagate")(*operands, value, *matrix, 0.2, loops)
+    expected = dict(zip(("out", "highest", "total"), sums, strict=True))
+    # The backward pass is judged on what the forward pass stored.
+    saved = [found[name].cpu().double() for name in expected]
+    back = _library.reference("gat_propagate_backward")(grad_out, *operands, value, *saved, *matrix, 0.2, loops)
+    expected.update(zip(_ATTENTION_GRADIENTS, back, strict=True))
+    wide = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+    for name, reference in expected.items():
+        dtype = wide if name in ("highest", "total") else inputs.dtype
+        assert found[name].dtype == dtype, name
+        assert_close(found[name], reference, dtype, f"attention {name}")
+    assert not found["grad_value"][inputs.edges.num_edges :].any(), "padding"
+    return found
+
+
 READOUT_MODES = {"sum": 0, "mean": 1, "max": 2}
 
 

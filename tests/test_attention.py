@@ -18,7 +18,7 @@ SIZES = [5, 1, 17, 33]
 
 @pytest.fixture(params=["fused", "composed"])
 def path(request, monkeypatch):
-    """One operator, or what runs on other devices than the CPU, with dropout and with edge features."""
+    """One operator, or what runs with dropout, with edge features and for pairs of node sets."""
     called = []
 
     def fused(*arguments, **options):

@@ -12,7 +12,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_cases import LAYERS, READOUT_MODES, TOLERANCE, Case, Inputs, compare, compare_normalize, compare_readout, run
+from cuda_cases import (
+    LAYERS,
+    READOUT_MODES,
+    TOLERANCE,
+    Case,
+    Inputs,
+    compare,
+    compare_attention,
+    compare_normalize,
+    compare_readout,
+    run,
+    run_attention,
+)
 from emulated_kernels import CUDA_SOURCES, assert_order_does_not_matter, emulated_kernels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,7 +38,7 @@ DTYPES = tuple(TOLERANCE)
 OPERATORS = [
     name
     for name in _library.operators()
-    if name.startswith(("gcn_", "gin_", "readout", "column_moments", "frozen_norm_relu"))
+    if name.startswith(("gcn_", "gin_", "gat_", "readout", "column_moments", "frozen_norm_relu"))
 ]
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
@@ -171,6 +183,60 @@ def test_order_of_threads_does_not_matter(emulated, layer, case):
     for dtype in (torch.float32, torch.bfloat16):
         inputs = Inputs(case, dtype)
         assert_order_does_not_matter(emulated, lambda inputs=inputs: run(emulated.ops, layer, inputs, torch.zeros(1)))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    sizes=st.lists(st.integers(1, 9), max_size=4),
+    width=st.integers(0, 40),
+    heads=st.integers(1, 3),
+    loops=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    symmetric=st.booleans(),
+    density=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+    capacity_slack=st.sampled_from([0, 1, 300]),
+    misaligned=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_attention_on_ragged_batches(emulated, heads, loops, dtype, sizes, **options):
+    compare_attention(emulated.ops, heads, Inputs(Case(tuple(sizes), **options), dtype), loops)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((12, 30), 20, density=0.5),
+        Case((12, 9), 130, symmetric=False, density=0.5),
+        Case((70, 5), 8, hubs=2),
+        Case((70, 5), 33, hubs=2, symmetric=False, capacity_slack=3),
+    ],
+    ids=["dense", "tiles directed", "long rows", "long rows directed"],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_of_shapes_that_differ(emulated, dtype, case):
+    """More channels than a tile has, and more entries in a row than a warp has lanes."""
+    inputs = Inputs(case, dtype)
+    for heads in (1, 2):
+        compare_attention(emulated.ops, heads, inputs)
+    assert_order_does_not_matter(emulated, lambda: run_attention(emulated.ops, 2, inputs, True))
+
+
+def test_attention_of_absent_edges(emulated):
+    """Weights of 0 take no part in the largest score, and have a slope; rows of nothing but them give zeros."""
+    for loops in (True, False):
+        for share in (0.5, 1.0):
+            inputs = Inputs(Case((9, 40), 5, density=0.5), torch.float32)
+            absent = torch.rand(len(inputs.edges.value), generator=torch.Generator().manual_seed(1)) < share
+            inputs.edges.value = inputs.edges.value.masked_fill(absent, 0.0)
+            inputs.edges.symmetric = False
+            compare_attention(emulated.ops, 2, inputs, loops)
+
+
+def test_launches_of_attention(emulated):
+    inputs = Inputs(Case((9, 4), 8), torch.float32)
+    emulated.configure(0, 4)
+    run_attention(emulated.ops, 2, inputs, True)
+    assert emulated.configure(0, 4) == 1 + 2
 
 
 @pytest.mark.parametrize("mode", READOUT_MODES)

@@ -7,7 +7,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_cases import LAYERS, READOUT_MODES, TOLERANCE, Case, Inputs, compare, compare_normalize, compare_readout, run
+from cuda_cases import (
+    LAYERS,
+    READOUT_MODES,
+    TOLERANCE,
+    Case,
+    Inputs,
+    compare,
+    compare_attention,
+    compare_normalize,
+    compare_readout,
+    run,
+    run_attention,
+)
 from helpers import normal, sanitize
 
 import acgkd_fast as af
@@ -55,6 +67,16 @@ def test_against_the_oracle_and_again(layer, dtype, name):
     assert_same_bits(first.values(), second.values())
 
 
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_attention_against_the_oracle_and_again(heads, dtype, name):
+    inputs = Inputs(SAMPLES[name], dtype, "cuda")
+    for loops in (True, False):
+        first = compare_attention(OPS, heads, inputs, loops)
+        assert_same_bits(first.values(), run_attention(OPS, heads, inputs, loops).values())
+
+
 @pytest.mark.parametrize("eps_dtype", DTYPES, ids=str)
 def test_eps_of_any_precision(eps_dtype):
     for dtype in DTYPES:
@@ -90,6 +112,7 @@ def test_layers_agree_with_the_cpu(symmetric):
         edges = af.sample_edges(theta, layout, seed=3, estimator="straight_through").to(device)
         h = af.gcn_propagate(features.to(device), edges)
         h = af.gin_propagate(torch.tanh(h), edges, eps.to(device))
+        h = af.gat_propagate(h, h[:, :2], h[:, 2:4], edges)
         pooled = [af.readout(h, edges.ptr, mode) for mode in READOUT_MODES]
         mean, variance = normalize.column_moments(h)
         loss = torch.cat(pooled).square().sum() + mean.sum() + variance.square().sum()
@@ -115,6 +138,7 @@ class Step:
         h = af.gcn_propagate(self.x, edges)
         h, mean, variance = normalize.frozen_norm_relu(h, *self.constants, residual=self.x, moments=True)
         h = af.gin_propagate(h, edges, self.eps)
+        h = af.gat_propagate(h, h[:, :2], h[:, 2:4], edges)
         out = torch.cat([af.readout(h, edges.ptr, mode) for mode in READOUT_MODES])
         loss = out.square().mean() + mean.sum() + variance.sum()
         return (out, *torch.autograd.grad(loss, (self.x, self.value, self.eps)))

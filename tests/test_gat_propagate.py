@@ -62,7 +62,7 @@ def compare_with_matrix(sizes, heads, width, *, symmetric, seed, density, dtype,
 @given(
     st.lists(st.integers(1, 9), max_size=4),
     st.integers(1, 3),
-    st.integers(1, 5),
+    st.integers(0, 5),
     st.booleans(),
     st.booleans(),
     st.sampled_from(DTYPES),

@@ -230,9 +230,9 @@ def attend(
 
 
 def _is_fused(layer: Any, source: torch.Tensor, sent: torch.Tensor, around: _Neighbours) -> bool:
-    """Whether one operator does it all, which knows neither edge features nor dropout and has a kernel for the CPU."""
+    """Whether one operator does it all, which knows neither edge features nor dropout nor two dtypes at once."""
     drops = layer.training and layer.dropout > 0
-    return sent.device.type == "cpu" and around.entries.attr is None and not drops and source.dtype == sent.dtype
+    return around.entries.attr is None and not drops and source.dtype == sent.dtype
 
 
 def _finished(layer: Any, out: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:

@@ -60,7 +60,7 @@ def gat_propagate(
     highest = highest.masked_fill(highest == -torch.inf, 0.0)
     share = weight[:, None] * _share(score, highest[row])
     total = torch.zeros_like(highest).index_add_(0, row, share)
-    messages = sent.to(wide).view(-1, heads, sent.shape[1] // heads)
+    messages = sent.to(wide).view(len(sent), heads, sent.shape[1] // heads)
     out = torch.zeros_like(messages).index_add_(0, row, share[..., None] * messages[sender])
     if add_self_loops:
         own = _share(own, highest)
@@ -95,7 +95,7 @@ def gat_propagate_backward(
     wide = compute_dtype(sent.dtype)
     row, heads = rows_of(rowptr), source.shape[1]
     sender, weight = col[: row.numel()].long(), value[: row.numel()].to(wide)
-    g, x, mean = (h.to(wide).view(-1, heads, sent.shape[1] // heads) for h in (grad_out, sent, out))
+    g, x, mean = (h.to(wide).view(len(sent), heads, sent.shape[1] // heads) for h in (grad_out, sent, out))
     before = _before_slope(source, target, row, sender)
     step = _share(_score(before, negative_slope), highest[row]) / total[row]
     slope = step * (g[row] * (x[sender] - mean[row])).sum(-1)

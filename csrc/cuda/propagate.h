@@ -62,6 +62,29 @@ inline void check_operands(const Tensor& x, const Tensor& value, const Tensor& r
   }
 }
 
+// The transpose of a matrix, which only directed ones have.
+struct Transpose {
+  OptionalTensor rowptr, col, edge;
+
+  void check(const Tensor& rowptr_of_matrix, int64_t capacity) {
+    STD_TORCH_CHECK(rowptr.has_value() == col.has_value() && col.has_value() == edge.has_value(),
+                    "t_rowptr, t_col, t_edge: expected all three or none");
+    if (!rowptr) {
+      return;
+    }
+    for (const OptionalTensor* part : {&rowptr, &col, &edge}) {
+      STD_TORCH_CHECK((*part)->scalar_type() == ScalarType::Int, "t_rowptr, t_col, t_edge: expected int32");
+      STD_TORCH_CHECK((*part)->get_device_index() == rowptr_of_matrix.get_device_index(),
+                      "t_rowptr, t_col, t_edge: expected the device of rowptr");
+    }
+    STD_TORCH_CHECK(rowptr->numel() == rowptr_of_matrix.numel(), "t_rowptr: expected ", rowptr_of_matrix.numel(),
+                    " elements, got ", rowptr->numel());
+    STD_TORCH_CHECK(col->numel() == edge->numel() && col->numel() <= capacity,
+                    "t_col, t_edge: expected at most one entry per entry of the matrix");
+    rowptr = dense(rowptr), col = dense(col), edge = dense(edge);
+  }
+};
+
 template <class T>
 constexpr ScalarType kWideType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 

@@ -238,28 +238,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-struct Transpose {
-  OptionalTensor rowptr, col, edge;
-
-  void check(const Tensor& rowptr_of_matrix, int64_t capacity) {
-    STD_TORCH_CHECK(rowptr.has_value() == col.has_value() && col.has_value() == edge.has_value(),
-                    "t_rowptr, t_col, t_edge: expected all three or none");
-    if (!rowptr) {
-      return;
-    }
-    for (const OptionalTensor* part : {&rowptr, &col, &edge}) {
-      STD_TORCH_CHECK((*part)->scalar_type() == ScalarType::Int, "t_rowptr, t_col, t_edge: expected int32");
-      STD_TORCH_CHECK((*part)->get_device_index() == rowptr_of_matrix.get_device_index(),
-                      "t_rowptr, t_col, t_edge: expected the device of rowptr");
-    }
-    STD_TORCH_CHECK(rowptr->numel() == rowptr_of_matrix.numel(), "t_rowptr: expected ", rowptr_of_matrix.numel(),
-                    " elements, got ", rowptr->numel());
-    STD_TORCH_CHECK(col->numel() == edge->numel() && col->numel() <= capacity,
-                    "t_col, t_edge: expected at most one entry per entry of the matrix");
-    rowptr = dense(rowptr), col = dense(col), edge = dense(edge);
-  }
-};
-
 template <class T>
 int64_t plan_backward(Backward<T>& a) {
   a.plan = make_plan<T>(a.nodes, a.capacity, a.plan.width, aligned16({a.grad_out, a.x, a.out, a.grad_x}),
