@@ -125,6 +125,71 @@ def test_forward_and_backward(shape, layer, width, device, contest):
     )
 
 
+def scattered_attention(sent, source, target, row, col, weight):
+    """The way of PyTorch Geometric with edge weights: scores of all edges, their softmax by scatter, messages."""
+    nodes, heads = source.shape
+    own = torch.arange(nodes, device=sent.device)
+    row, col, weight = torch.cat([row, own]), torch.cat([col, own]), torch.cat([weight, weight.new_ones(nodes)])
+    score = torch.nn.functional.leaky_relu(source[col] + target[row], 0.2)
+    index = row[:, None].expand_as(score)
+    highest = torch.full_like(source, -torch.inf).scatter_reduce(0, index, score.detach(), "amax")
+    share = weight[:, None] * (score - highest[row]).exp()
+    share = share / torch.zeros_like(source).scatter_add(0, index, share)[row]
+    messages = (share[..., None] * sent.view(nodes, heads, -1)[col]).flatten(1)
+    return torch.zeros_like(sent).scatter_add(0, row[:, None].expand_as(messages), messages)
+
+
+def dense_attention(sent, source, target, edges, weight):
+    """Graphs padded to the largest, one batched softmax and product."""
+    nodes, heads = source.shape
+    adjacency, mask = edges.with_value(weight).to_dense()
+    adjacency = adjacency + torch.eye(adjacency.shape[1], device=sent.device)
+
+    def padded(x):
+        return x.new_zeros(*mask.shape, *x.shape[1:]).index_put((mask,), x)
+
+    score = torch.nn.functional.leaky_relu(padded(target)[:, :, None] + padded(source)[:, None], 0.2)
+    alpha = (score + adjacency.log()[..., None]).softmax(2)
+    return torch.einsum("gijh,gjhf->gihf", alpha, padded(sent.view(nodes, heads, -1)))[mask].flatten(1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention(shape, heads, device, contest):
+    edges = graphs(shape, device)
+    generator = torch.Generator().manual_seed(1)
+    widths = (64, heads, heads, 64)
+    *leaves, grad = (torch.randn(edges.num_nodes, k, generator=generator).to(device) for k in widths)
+    leaves = [leaf.requires_grad_() for leaf in (*leaves, edges.value.clone())]
+    row, col = edges.row(), edges.col.long()
+    layers = {
+        "ours": lambda *x: af.gat_propagate(*x[:3], edges.with_value(x[3], symmetric=True)),
+        "gather and scatter": lambda *x: scattered_attention(*x[:3], row, col, x[3]),
+        "padded dense": lambda *x: dense_attention(*x[:3], edges, x[3]),
+    }
+
+    def run(forward: Callable) -> tuple[torch.Tensor, ...]:
+        out = forward(*leaves)
+        return (out.detach(), *torch.autograd.grad(out, leaves, grad))
+
+    contenders = {label: functools.partial(run, forward) for label, forward in layers.items()}
+    wanted = contenders["gather and scatter"]()
+    for label, call in contenders.items():
+        for found, expected in zip(call(), wanted, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3, msg=lambda text, n=label: f"{n}: {text}")
+    contest(
+        contenders,
+        device,
+        operator="gat_propagate",
+        backend=_library.backend("gat_propagate", device),
+        nodes=edges.num_nodes,
+        edges=edges.num_edges,
+        width=64,
+        heads=heads,
+    )
+
+
 @functools.cache
 def compiled_peer() -> Callable:
     """One for all shapes, so that it is compiled once for general sizes."""

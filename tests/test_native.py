@@ -16,7 +16,8 @@ from helpers import LAYOUT_KINDS, layouts, make_layout, normal, random_edges
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import acgkd_fast.normalize  # noqa: F401 - registers its operators
+import acgkd_fast.linear
+import acgkd_fast.normalize  # noqa: F401 - both register their operators
 from acgkd_fast import EdgeSample, PairLayout, _library, build_info, philox
 from acgkd_fast.edges.estimators import Estimator, Noise
 from acgkd_fast.edges.factorised import FactorLogits

@@ -40,9 +40,14 @@ struct Attention {
 
 // e^(score - highest).
 template <typename Real>
-ACGKD_SHARED Real share(Real score, Real highest) {
-  const Real shifted = score - highest;
+ACGKD_SHARED Real share(Real shifted) {
   return exponential(shifted > Real(kSteepest) ? Real(kSteepest) : shifted);
+}
+
+// In a loop of its own, which is vectorised.
+template <typename Real>
+ACGKD_SHARED void share_all(Real* shifted, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) shifted[k] = share(shifted[k]);
 }
 
 template <typename Stored>
@@ -53,37 +58,33 @@ struct Forward : Attention<Stored> {
   Real *highest, *total;
 };
 
-// Of a node's head: the largest score among edges that are there, else among all; 0 where there are none.
-template <typename Stored>
-ACGKD_SHARED WideOf<Stored> highest_score(const Forward<Stored>& task, int64_t row, int64_t head) {
-  using Real = WideOf<Stored>;
-  constexpr Real kNone = -std::numeric_limits<Real>::infinity();
-  const int64_t at = row * task.heads + head;
-  Real present = task.loops ? task.score(at, at) : kNone;
-  Real any = present;
-  for (int32_t e = task.matrix.rowptr[row]; e < task.matrix.rowptr[row + 1]; ++e) {
-    const Real score = task.score(at, task.matrix.col[e] * task.heads + head);
-    any = std::max(any, score);
-    if (static_cast<Real>(task.value[e]) != 0) present = std::max(present, score);
-  }
-  if (present != kNone) return present;
-  return any != kNone ? any : Real(0);
-}
-
 template <typename Stored>
 ACGKD_SHARED void forward(const Forward<Stored>& task, WideOf<Stored>* weights, int64_t begin, int64_t end) {
   using Real = WideOf<Stored>;
+  constexpr Real kNone = -std::numeric_limits<Real>::infinity();
   for (int64_t row = begin; row < end; ++row) {
-    const int32_t first_entry = task.matrix.rowptr[row], last_entry = task.matrix.rowptr[row + 1];
+    const int32_t first_entry = task.matrix.rowptr[row];
+    const int64_t count = task.matrix.rowptr[row + 1] - first_entry;
     for (int64_t head = 0; head < task.heads; ++head) {
       const int64_t at = row * task.heads + head;
-      const Real highest = highest_score(task, row, head);
-      const Real own = task.loops ? share(task.score(at, at), highest) : Real(0);
+      // The largest score among edges that are there, else among all; 0 where there are none.
+      const Real own_score = task.score(at, at);
+      Real present = task.loops ? own_score : kNone;
+      Real any = present;
+      for (int64_t k = 0; k < count; ++k) {
+        const Real score = task.score(at, task.matrix.col[first_entry + k] * task.heads + head);
+        weights[k] = score;
+        any = std::max(any, score);
+        if (static_cast<Real>(task.value[first_entry + k]) != 0) present = std::max(present, score);
+      }
+      const Real highest = present != kNone ? present : any != kNone ? any : Real(0);
+      for (int64_t k = 0; k < count; ++k) weights[k] -= highest;
+      share_all(weights, count);
+      const Real own = task.loops ? share(own_score - highest) : Real(0);
       Real total = own;
-      for (int32_t e = first_entry; e < last_entry; ++e) {
-        const Real score = task.score(at, task.matrix.col[e] * task.heads + head);
-        weights[e - first_entry] = static_cast<Real>(task.value[e]) * share(score, highest);
-        total += weights[e - first_entry];
+      for (int64_t k = 0; k < count; ++k) {
+        weights[k] *= static_cast<Real>(task.value[first_entry + k]);
+        total += weights[k];
       }
       // Where nothing is, an edge of weight 1 would have all the attention: its slope there is that step.
       total = total == 0 ? Real(1) : total;
@@ -95,9 +96,9 @@ ACGKD_SHARED void forward(const Forward<Stored>& task, WideOf<Stored>* weights, 
         task.sent.read(run, at, first, x);
         // Not 0 * x, which is NaN where x is infinite.
         for (int k = 0; k < kCount; ++k) sum[k] = task.loops ? own * x[k] : Vec<Real>{};
-        for (int32_t e = first_entry; e < last_entry; ++e) {
-          task.sent.read(run, task.matrix.col[e] * task.heads + head, first, x);
-          for (int k = 0; k < kCount; ++k) sum[k] += weights[e - first_entry] * x[k];
+        for (int64_t e = 0; e < count; ++e) {
+          task.sent.read(run, task.matrix.col[first_entry + e] * task.heads + head, first, x);
+          for (int k = 0; k < kCount; ++k) sum[k] += weights[e] * x[k];
         }
         for (int k = 0; k < kCount; ++k) sum[k] /= total;
         task.sent.write(run, task.out, at, first, sum);
@@ -118,9 +119,9 @@ struct Backward : Attention<Stored> {
   Real *paired, *own_slope;
   Stored *grad_sent, *grad_source, *grad_target, *grad_value;
 
-  // Attention that a sender would get at weight 1.
-  ACGKD_SHARED Real step(int64_t receiver, int64_t sender) const {
-    return share(this->score(receiver, sender), highest[receiver]) / total[receiver];
+  // Attention of a node to itself.
+  ACGKD_SHARED Real own(int64_t node) const {
+    return this->loops ? share(this->score(node, node) - highest[node]) / total[node] : Real(0);
   }
 };
 
@@ -141,32 +142,36 @@ ACGKD_SHARED WideOf<Stored> dot(const Features<Stored, WideOf<Stored>>& left, in
   return total;
 }
 
-// Gradients of the targets and of the entries; `slopes` holds those of a row's entries, over its heads.
+// Gradients of the targets and of the entries. `scratch` holds two numbers per entry of a row.
 template <typename Stored>
-ACGKD_SHARED void receivers(const Backward<Stored>& task, WideOf<Stored>* slopes, int64_t begin, int64_t end) {
+ACGKD_SHARED void receivers(const Backward<Stored>& task, WideOf<Stored>* scratch, int64_t begin, int64_t end) {
   using Real = WideOf<Stored>;
   for (int64_t row = begin; row < end; ++row) {
-    const int32_t first_entry = task.matrix.rowptr[row], last_entry = task.matrix.rowptr[row + 1];
-    std::fill_n(slopes, last_entry - first_entry, Real(0));
+    const int32_t first_entry = task.matrix.rowptr[row];
+    const int64_t count = task.matrix.rowptr[row + 1] - first_entry;
+    // Attention at weight 1, of one head, and the gradients of the entries, over all heads.
+    Real *steps = scratch, *slopes = scratch + count;
+    std::fill_n(slopes, count, Real(0));
     for (int64_t head = 0; head < task.heads; ++head) {
       const int64_t at = row * task.heads + head;
       const Real paired = dot(task.grad_out, at, task.out, at);
-      Real own = 0;
-      if (task.loops) own = task.step(at, at) * (dot(task.grad_out, at, task.sent, at) - paired) * task.slope_at(at, at);
+      const Real own = task.own(at) * (dot(task.grad_out, at, task.sent, at) - paired) * task.slope_at(at, at);
+      for (int64_t k = 0; k < count; ++k) {
+        steps[k] = task.score(at, task.matrix.col[first_entry + k] * task.heads + head) - task.highest[at];
+      }
+      share_all(steps, count);
       Real target = own;
-      for (int32_t e = first_entry; e < last_entry; ++e) {
-        const int64_t sender = task.matrix.col[e] * task.heads + head;
-        const Real slope = task.step(at, sender) * (dot(task.grad_out, at, task.sent, sender) - paired);
-        slopes[e - first_entry] += slope;
-        target += static_cast<Real>(task.value[e]) * slope * task.slope_at(at, sender);
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t sender = task.matrix.col[first_entry + k] * task.heads + head;
+        const Real slope = steps[k] / task.total[at] * (dot(task.grad_out, at, task.sent, sender) - paired);
+        slopes[k] += slope;
+        target += static_cast<Real>(task.value[first_entry + k]) * slope * task.slope_at(at, sender);
       }
       task.paired[at] = paired;
       task.own_slope[at] = own;
       task.grad_target[at] = static_cast<Stored>(target);
     }
-    for (int32_t e = first_entry; e < last_entry; ++e) {
-      task.grad_value[e] = static_cast<Stored>(slopes[e - first_entry]);
-    }
+    for (int64_t k = 0; k < count; ++k) task.grad_value[first_entry + k] = static_cast<Stored>(slopes[k]);
   }
 }
 
@@ -175,27 +180,31 @@ template <typename Stored>
 ACGKD_SHARED void senders(const Backward<Stored>& task, WideOf<Stored>* weights, int64_t begin, int64_t end) {
   using Real = WideOf<Stored>;
   for (int64_t row = begin; row < end; ++row) {
-    const int32_t first_entry = task.transpose.rowptr[row], last_entry = task.transpose.rowptr[row + 1];
+    const int32_t first_entry = task.transpose.rowptr[row];
+    const int64_t count = task.transpose.rowptr[row + 1] - first_entry;
     for (int64_t head = 0; head < task.heads; ++head) {
       const int64_t at = row * task.heads + head;
-      const Real own = task.loops ? task.step(at, at) : Real(0);
+      const auto receiver = [&](int64_t k) __attribute__((always_inline)) {
+        return task.transpose.col[first_entry + k] * task.heads + head;
+      };
+      for (int64_t k = 0; k < count; ++k) weights[k] = task.score(receiver(k), at) - task.highest[receiver(k)];
+      share_all(weights, count);
       Real source = task.own_slope[at];
-      for (int32_t e = first_entry; e < last_entry; ++e) {
-        const int64_t receiver = task.transpose.col[e] * task.heads + head;
-        const Real weight = static_cast<Real>(task.value[task.edge ? task.edge[e] : e]) * task.step(receiver, at);
-        weights[e - first_entry] = weight;
-        source += weight * (dot(task.grad_out, receiver, task.sent, at) - task.paired[receiver]) *
-                  task.slope_at(receiver, at);
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t entry = task.edge ? task.edge[first_entry + k] : first_entry + k, to = receiver(k);
+        weights[k] *= static_cast<Real>(task.value[entry]) / task.total[to];
+        source += weights[k] * (dot(task.grad_out, to, task.sent, at) - task.paired[to]) * task.slope_at(to, at);
       }
       task.grad_source[at] = static_cast<Stored>(source);
+      const Real own = task.own(at);
       for_runs<Real>(task.sent.width(), [&](auto run, int64_t first) __attribute__((always_inline)) {
         constexpr int kCount = decltype(run)::kCount;
         Vec<Real> sum[kCount], grad[kCount];
         task.grad_out.read(run, at, first, grad);
         for (int k = 0; k < kCount; ++k) sum[k] = task.loops ? own * grad[k] : Vec<Real>{};
-        for (int32_t e = first_entry; e < last_entry; ++e) {
-          task.grad_out.read(run, task.transpose.col[e] * task.heads + head, first, grad);
-          for (int k = 0; k < kCount; ++k) sum[k] += weights[e - first_entry] * grad[k];
+        for (int64_t e = 0; e < count; ++e) {
+          task.grad_out.read(run, receiver(e), first, grad);
+          for (int k = 0; k < kCount; ++k) sum[k] += weights[e] * grad[k];
         }
         task.sent.write(run, task.grad_sent, at, first, sum);
       });
@@ -222,11 +231,11 @@ ACGKD_FOR_TYPE(double)
 ACGKD_FOR_TYPE(BFloat16)
 #undef ACGKD_FOR_TYPE
 
-// Calls rows(scratch of the longest row, begin, end) for all rows of a matrix.
+// Calls rows(scratch for two numbers per entry of the longest row, begin, end) for all rows of a matrix.
 template <typename Real, typename Function>
 void over_rows(const Matrix& matrix, int64_t cost, const Function& rows) {
   torch::stable::parallel_for(0, matrix.num_rows, matrix.rows_per_task(cost), [&](int64_t begin, int64_t end) {
-    std::vector<Real> scratch(matrix.longest_row(begin, end));
+    std::vector<Real> scratch(2 * matrix.longest_row(begin, end));
     rows(scratch.data(), begin, end);
   });
 }
