@@ -10,7 +10,7 @@ from acgkd_fast.edges import sample_edges
 from acgkd_fast.errors import InputError
 from acgkd_fast.graphs import EdgeSample
 from acgkd_fast.layout import PairLayout
-from acgkd_fast.nn import GATConv, gat_conv
+from acgkd_fast.nn import GATConv, GCNConv, gat_conv
 from acgkd_fast.propagate import gat_propagate
 
 SIZES = [5, 1, 17, 33]
@@ -86,6 +86,73 @@ def test_pytorch_geometric_has_the_same_layer(path):
     assert (edge_index[0] == edge_index[1]).any()
     x = torch.randn(21, 5)
     torch.testing.assert_close(ours(x, edge_index), theirs(x, edge_index))
+
+
+EDGE_INDEX = torch.unique(torch.randint(0, 20, (2, 70), generator=torch.Generator().manual_seed(4)), dim=1)
+UNSORTED = EDGE_INDEX[:, torch.randperm(EDGE_INDEX.shape[1], generator=torch.Generator().manual_seed(5))]
+NO_LOOPS = EDGE_INDEX[:, EDGE_INDEX[0] != EDGE_INDEX[1]]
+ROWS = torch.tensor([0, 20])
+
+
+def tied(dtype: torch.dtype) -> EdgeSample:
+    """Both directions of every edge, and self-loops."""
+    both = torch.cat([EDGE_INDEX, EDGE_INDEX.flip(0)], 1)
+    weight = 0.1 + (both[0] * both[1] % 7).to(dtype)
+    both, place = torch.unique(both, dim=1, return_inverse=True)
+    return EdgeSample.from_edge_index(
+        both, ROWS, torch.ones(both.shape[1], dtype=dtype).scatter(0, place, weight), symmetric=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "edges", "weighted"),
+    [
+        ({}, UNSORTED, False),
+        ({}, UNSORTED, True),
+        ({}, NO_LOOPS, True),
+        ({"flow": "target_to_source"}, UNSORTED, True),
+        ({"add_self_loops": False}, EDGE_INDEX, True),
+        ({"concat": False, "residual": True}, UNSORTED, True),
+        ({"bias": False}, UNSORTED, True),
+        ({}, "tied with loops", False),
+        ({"add_self_loops": False}, "tied with loops", False),
+    ],
+    ids=lambda value: "list" if isinstance(value, torch.Tensor) else str(value),
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_fused_and_composed_agree(monkeypatch, options, edges, weighted, dtype):
+    torch.manual_seed(0)
+    layer = GATConv(5, 4, heads=3, **options).to(dtype)
+    x = torch.randn(20, 5, dtype=dtype, requires_grad=True)
+    weight = (torch.rand(UNSORTED.shape[1], dtype=dtype) + 0.1).requires_grad_()
+    leaves = [x, *layer.parameters()]
+    if isinstance(edges, str):
+        sample = tied(dtype)
+        leaves.append(sample.value.requires_grad_())
+        call = lambda: layer(x, sample)  # noqa: E731
+    else:
+        given = weight[: edges.shape[1]] if weighted else None
+        leaves += [weight] if weighted else []
+        call = lambda: layer(x, edges, edge_weight=given)  # noqa: E731
+    found = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(gat_conv, "_is_fused", lambda *_: False)
+        out = call()
+        upstream = torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)
+        found.append([out, *torch.autograd.grad(out, leaves, upstream, retain_graph=True)])
+    tolerance = {} if dtype == torch.float64 else {"rtol": 0.1, "atol": 0.1}
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+
+
+@pytest.mark.parametrize("layer", [GATConv(5, 4, heads=3, bias=False), GCNConv(5, 4, bias=False)], ids=str)
+def test_results_may_be_written_to(layer):
+    """The operator keeps its result for backward; a layer without bias must not hand that one out."""
+    x = torch.randn(20, 5, requires_grad=True)
+    (expected,) = torch.autograd.grad(torch.relu(layer(x, UNSORTED)).sum(), x)
+    (found,) = torch.autograd.grad(torch.relu_(layer(x, UNSORTED)).sum(), x)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e3])

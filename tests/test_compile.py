@@ -58,6 +58,7 @@ GIVEN_EDGES = {
     "gcn_propagate": lambda x, edges: af.gcn_propagate(x, edges),
     "gcn_propagate, no self-loops": lambda x, edges: af.gcn_propagate(x, edges, add_self_loops=False),
     "gin_propagate": lambda x, edges: af.gin_propagate(x, edges, 0.5),
+    "gat_propagate": lambda x, edges: af.gat_propagate(x, x[:, :2], x[:, 2:4], edges),
     "readout sum": lambda x, edges: af.readout(x, edges.ptr),
     "readout max": lambda x, edges: af.readout(x, edges.ptr, "max"),
     "frozen norm": normalised,
@@ -93,7 +94,7 @@ def given(sizes, symmetric, seed):
     ("name", "symmetric", "backend"),
     [
         *[(name, True, "aot_eager") for name in GIVEN_EDGES],
-        *[(name, False, "aot_eager") for name in ("gcn_propagate", "gin_propagate")],
+        *[(name, False, "aot_eager") for name in ("gcn_propagate", "gin_propagate", "gat_propagate")],
         *[pytest.param(name, True, "inductor", marks=INDUCTOR) for name in ("frozen gcn", "user's model")],
     ],
 )

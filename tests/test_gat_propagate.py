@@ -115,6 +115,41 @@ def test_weight_zero_is_no_edge_and_its_gradient_is_a_step(loops):
     torch.testing.assert_close(grads[-1][0], wanted, rtol=1e-6, atol=0.0)
 
 
+@pytest.mark.parametrize("loops", [True, False])
+def test_absent_edges_among_others_against_a_dense_matrix(loops):
+    edges, _ = random_edges([12, 1, 9], symmetric=False, seed=6, density=0.6)
+    present = torch.rand(len(edges.value), generator=torch.Generator().manual_seed(2)) > 0.4
+    value = (edges.value.detach() * present).requires_grad_()
+    edges = edges.with_value(value)
+    leaves = operands(22, 2, 3, 5, torch.float64)
+    out = af.gat_propagate(*leaves, edges, add_self_loops=loops)
+    # The dense formula divides by 0 where nothing is; there the operator's slope is that of the step to weight 1.
+    wanted = dense_attention(*leaves, edges, 0.2, loops)
+    upstream = normal(out.shape, 3)
+    for actual, expected in zip(
+        (out, *torch.autograd.grad(out, [*leaves, value], upstream, retain_graph=True)),
+        (wanted, *torch.autograd.grad(wanted, [*leaves, value], upstream)),
+        strict=True,
+    ):
+        if actual.shape == value.shape and not loops:
+            receivers = edges.row()
+            some = torch.zeros(22, dtype=torch.bool).index_fill(0, receivers[present], True)[receivers]
+            actual, expected = actual[some], expected[some]
+        assert_near(actual, expected, torch.float64)
+
+
+def test_strided_operands():
+    edges, _ = random_edges([6, 4], symmetric=True, seed=2, dtype=torch.float32)
+    wide = torch.stack([edges.value.detach()] * 2, 1).requires_grad_()
+    leaves = operands(10, 2, 3, 1, torch.float32)
+    packed = af.gat_propagate(*leaves, edges)
+    strided = [torch.stack([leaf.detach()] * 2, -1)[..., 0] for leaf in leaves]
+    out = af.gat_propagate(*strided, edges.with_value(wide[:, 0]))
+    assert torch.equal(out, packed)
+    out.square().sum().backward()
+    assert wide.grad[:, 0].any() and not wide.grad[:, 1].any()
+
+
 def test_repeated_edges_and_self_loops_of_a_list_add_up():
     edge_index = torch.tensor([[0, 0, 2, 1, 1, 3], [1, 1, 0, 1, 0, 2]])
     weight = normal(6, 1).abs().requires_grad_()

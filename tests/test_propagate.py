@@ -165,6 +165,8 @@ def test_strided_features_and_gradients(layer):
     (first,) = torch.autograd.grad(fused(layer, strided, edges), strided, upstream)
     (second,) = torch.autograd.grad(fused(layer, packed, edges), packed, upstream.contiguous())
     assert torch.equal(first, second)
+    column = torch.stack([edges.value.detach()] * 2, 1)[:, 0]
+    assert torch.equal(fused(layer, packed, edges.with_value(column)), fused(layer, packed, edges))
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,18 @@ from ..propagate.attention_reference import STEEPEST
 from .adjacency import Edges, SortedEdges, edge_list, entry_rows, revalued, sorted_edges
 from .gcn_conv import FLOWS, check_sum
 from .linear import make_linear
-from .messages import Ends, Entries, Nodes, Size, both_ends, check_square, check_widths, neighbour_sum, reduce_messages
+from .messages import (
+    Ends,
+    Entries,
+    Nodes,
+    Size,
+    both_ends,
+    check_square,
+    check_widths,
+    handed_out,
+    neighbour_sum,
+    reduce_messages,
+)
 
 
 class GATConv(nn.Module):
@@ -161,26 +173,39 @@ class GATConv(nn.Module):
 
 @dataclass
 class _Neighbours:
-    """Edges without self-loops where the layer adds its own, in CSR order.
+    """Edges in CSR order; where the layer adds self-loops, without their own or with weight 0 on them.
 
     Attributes:
-        matrix: CSR over max(N_s, N_r) nodes.
-        entries: the same as messages.
+        matrix: CSR over max(N_s, N_r) nodes; its values do not count.
+        weight: of the entries; None for ones.
+        attr: features of the entries, or None.
         made: what is known of the edge list; None for an EdgeSample.
-        index: [2, E], the edge list that the entries come from, in its order.
+        listed: [2, E], the edge list; None for an EdgeSample.
     """
 
     matrix: EdgeSample
-    entries: Entries
-    made: SortedEdges | None
-    index: torch.Tensor
+    weight: torch.Tensor | None
+    attr: torch.Tensor | None
+    made: SortedEdges | None = None
+    listed: torch.Tensor | None = None
+
+    @cached_property
+    def entries(self) -> Entries:
+        """The same as messages."""
+        return Entries(self.matrix.col.long(), entry_rows(self.matrix), self.weight, self.attr)
+
+    @property
+    def index(self) -> torch.Tensor:
+        """[2, E], in the order that a caller knows."""
+        return torch.stack([self.entries.sender, self.entries.receiver]) if self.listed is None else self.listed
 
     def weighted(self) -> EdgeSample:
-        """The matrix with the weights of the entries."""
-        weight = self.entries.weight
-        if weight is None or weight is self.matrix.value:
+        """The matrix with the weights as its values."""
+        if self.weight is None or self.weight is self.matrix.value:
             return self.matrix
-        return revalued(self.matrix, [weight], self.made)[0]
+        if self.made is None:
+            return self.matrix.with_value(self.weight, symmetric=self.matrix.symmetric)
+        return revalued(self.matrix, [self.weight], self.made)[0]
 
     def unsorted(self, entries: torch.Tensor) -> torch.Tensor:
         return entries if self.made is None else self.made.unsorted(entries)
@@ -212,7 +237,8 @@ def attend(
         out = gat_propagate(
             sent.flatten(1), source, target, around.weighted(), negative_slope=slope, add_self_loops=added
         )
-        return _finished(layer, out.view_as(sent), residual)
+        copied = layer.bias is not None or residual is not None or not layer.concat
+        return _finished(layer, (out if copied else handed_out(out)).view_as(sent), residual)
     share, own, total = _attention(layer, source, target, around, loops, ends.num_receivers)
 
     kept, kept_own = _dropped_out(layer, share, own, around)
@@ -232,7 +258,7 @@ def attend(
 def _is_fused(layer: Any, source: torch.Tensor, sent: torch.Tensor, around: _Neighbours) -> bool:
     """Whether one operator does it all, which knows neither edge features nor dropout nor two dtypes at once."""
     drops = layer.training and layer.dropout > 0
-    return around.entries.attr is None and not drops and source.dtype == sent.dtype
+    return around.attr is None and not drops and source.dtype == sent.dtype
 
 
 def _finished(layer: Any, out: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -262,11 +288,10 @@ def _neighbours(
 ) -> _Neighbours:
     if isinstance(edges, EdgeSample):
         check_square(ends, edges, edge_weight)
-        row, col, value = entry_rows(edges), edges.col.long(), edges.value
+        value = edges.value
         if layer.add_self_loops and edges.has_self_loops():
-            value = value * (row != col)
-        index = torch.stack([col, row])
-        return _Neighbours(edges, Entries(col, row, value, _features(layer, edge_attr, len(row))), None, index)
+            value = value * (entry_rows(edges) != edges.col)
+        return _Neighbours(edges, value, _features(layer, edge_attr, edges.col.shape[0]))
     given = edge_list(edges, edge_weight)
     check(given.attr is None or edge_attr is None, "edge_attr", "None beside a matrix with features", edge_attr)
     senders, receivers = ends.senders.shape[0], ends.num_receivers
@@ -278,9 +303,8 @@ def _neighbours(
         assert made.kept is not None
         index = index[:, made.kept]
         weight, attr = (None if part is None else part[made.kept] for part in (weight, attr))
-    around = _Neighbours(made.sample(None, ends.senders.dtype), Entries(index, index, None, None), made, index)
-    weight, attr = (None if part is None else around.sorted(part) for part in (weight, attr))
-    around.entries = Entries(made.col.long(), entry_rows(around.matrix), weight, attr)
+    around = _Neighbours(made.sample(None, ends.senders.dtype), None, None, made, index)
+    around.weight, around.attr = (None if part is None else around.sorted(part) for part in (weight, attr))
     return around
 
 

@@ -13,7 +13,7 @@ from ..graphs import EdgeSample
 from ..propagate import gcn_propagate, gin_propagate
 from .adjacency import EdgeList, Edges, check_sample, edge_list, entry_rows, sorted_edges
 from .linear import commutes, linear, make_linear, widens
-from .messages import check_features
+from .messages import check_features, handed_out
 
 FLOWS = ("source_to_target", "target_to_source")
 
@@ -127,7 +127,7 @@ def convolve(layer: Any, x: torch.Tensor, edges: Edges, edge_weight: torch.Tenso
     if x.layout == torch.strided and commutes(lin) and widens(lin):
         return linear(_propagate(layer, x, edges, edge_weight), lin.weight, bias)
     out = _propagate(layer, lin(x), edges, edge_weight)
-    return out if bias is None else out + bias
+    return handed_out(out) if bias is None else out + bias
 
 
 def _propagate(layer: Any, x: torch.Tensor, edges: Edges, edge_weight: torch.Tensor | None) -> torch.Tensor:

@@ -67,6 +67,11 @@ def both_ends(x: Nodes, size: Size, flow: str, edges: Edges = None) -> Ends:
     return ends
 
 
+def handed_out(out: torch.Tensor) -> torch.Tensor:
+    """The result of an operator that keeps it for backward, as a tensor that may be written to."""
+    return out.clone() if out.requires_grad else out
+
+
 def check_widths(x: Nodes, in_channels: int | tuple[int, int]) -> None:
     """Raise InputError unless features have a layer's widths; -1 stands for any."""
     widths = in_channels if isinstance(in_channels, (tuple, list)) else (in_channels, in_channels)

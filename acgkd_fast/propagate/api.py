@@ -25,8 +25,12 @@ def _fuses_candidates(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
+def _value(x: torch.Tensor, edges: EdgeSample) -> torch.Tensor:
+    return edges.value.to(x.dtype).contiguous()
+
+
 def _operands(x: torch.Tensor, edges: EdgeSample) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, int]:
-    value = edges.value if edges.value.dtype == x.dtype else edges.value.to(x.dtype)
+    value = _value(x, edges)
     port = edges.port
     if port is not None and edges.draw is not None and _fuses_candidates(x):
         port = torch.ops.acgkd_fast.node_port(*edges.draw, x)
@@ -140,14 +144,15 @@ def gat_propagate(
     check_tensor("source", source, shape=(edges.num_nodes, None), dtypes=(sent.dtype,), device=sent.device)
     check_tensor("target", target, shape=tuple(source.shape), dtypes=(sent.dtype,), device=sent.device)
     heads = source.shape[1]
-    check(heads > 0 and sent.shape[1] % heads == 0, "source", f"heads that divide {sent.shape[1]} channels", source)
-    value = edges.value.to(sent.dtype)
+    # A message made in advance would tie a compiled graph to one width.
+    if heads == 0 or sent.shape[1] % heads:
+        raise fail("source", f"heads that divide {sent.shape[1]} channels", source)
     out: torch.Tensor
     out, *_ = torch.ops.acgkd_fast.gat_propagate(
         sent.contiguous(),
         source.contiguous(),
         target.contiguous(),
-        value,
+        _value(sent, edges),
         edges.rowptr,
         edges.col,
         *edges.transposed(),

@@ -38,7 +38,7 @@ struct Attention {
   }
 };
 
-// e^(score - highest).
+// e^x of a score less the largest.
 template <typename Real>
 ACGKD_SHARED Real share(Real shifted) {
   return exponential(shifted > Real(kSteepest) ? Real(kSteepest) : shifted);
@@ -245,7 +245,7 @@ struct AttentionOperands : Operands {
   AttentionOperands(const char* op, const Tensor& sent, const Tensor& source, const Tensor& target, const Tensor& value,
                     const Tensor& rowptr, const Tensor& col, const std::optional<Tensor>& t_rowptr,
                     const std::optional<Tensor>& t_col, const std::optional<Tensor>& t_edge)
-      : Operands(op, sent, value, rowptr, col, t_rowptr, t_col, t_edge) {
+      : Operands(op, sent, value, rowptr, col, t_rowptr, t_col, t_edge, "sent") {
     check(op, "source", source, sent.scalar_type(), {rows, kAny});
     heads = source.size(1);
     STD_TORCH_CHECK(heads >= 1 && width % heads == 0, op, ": source: expected a number of heads that divides ", width,

@@ -11,8 +11,8 @@ namespace acgkd {
 struct Operands {
   Operands(const char* op, const Tensor& x, const Tensor& value, const Tensor& rowptr_tensor, const Tensor& col_tensor,
            const std::optional<Tensor>& t_rowptr, const std::optional<Tensor>& t_col,
-           const std::optional<Tensor>& t_edge)
-      : rows(checked_rows(op, x)), width(x.size(1)), matrix(op, rowptr_tensor, col_tensor, rows), transpose(matrix) {
+           const std::optional<Tensor>& t_edge, const char* name = "x")
+      : rows(checked_rows(op, name, x)), width(x.size(1)), matrix(op, rowptr_tensor, col_tensor, rows), transpose(matrix) {
     check(op, "value", value, x.scalar_type(), {col_tensor.size(0)});
     const bool given = t_rowptr.has_value();
     STD_TORCH_CHECK(t_col.has_value() == given && t_edge.has_value() == given, op,
@@ -31,8 +31,8 @@ struct Operands {
   const int32_t* edge = nullptr;
 
  private:
-  static int64_t checked_rows(const char* op, const Tensor& x) {
-    check(op, "x", x, x.scalar_type(), {kAny, kAny});
+  static int64_t checked_rows(const char* op, const char* name, const Tensor& x) {
+    check(op, name, x, x.scalar_type(), {kAny, kAny});
     return x.size(0);
   }
 };

@@ -114,7 +114,7 @@ Tensor frozen_norm_relu_backward(Tensor grad_out, OptionalTensor grad_mean, Opti
                                  Tensor batch_mean, Tensor mean, Tensor variance, Tensor weight, Tensor bias,
                                  double eps) {
   check_matrix(x);
-  check_like_x(grad_out, x, "grad_out");
+  check_like(grad_out, x, "grad_out");
   STD_TORCH_CHECK(grad_mean.has_value() == grad_variance.has_value(),
                   "grad_mean, grad_variance: expected both or none");
   const DeviceScope device(x);

@@ -223,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> frozen_norm_relu(Tensor x, OptionalTensor res
                                                     Tensor weight, Tensor bias, double eps, bool moments) {
   check_matrix(x);
   if (residual) {
-    check_like_x(*residual, x, "residual");
+    check_like(*residual, x, "residual");
   }
   const DeviceScope device(x);
   x = dense(x), residual = dense(residual);

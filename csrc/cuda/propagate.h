@@ -36,29 +36,30 @@ inline SelfWeight gin_weight(const Tensor& eps, const Tensor& x) {
   return {eps.const_data_ptr(), type, false};
 }
 
-inline void check_matrix(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions, got ", x.dim());
-  STD_TORCH_CHECK(x.size(1) <= INT32_MAX - 1024, "x: expected fewer than 2^31 - 1024 features, got ", x.size(1));
+inline void check_matrix(const Tensor& x, const char* name = "x") {
+  STD_TORCH_CHECK(x.dim() == 2, name, ": expected 2 dimensions, got ", x.dim());
+  STD_TORCH_CHECK(x.size(1) <= INT32_MAX - 1024, name, ": expected fewer than 2^31 - 1024 features, got ", x.size(1));
 }
 
-inline void check_like_x(const Tensor& tensor, const Tensor& x, const char* name) {
+inline void check_like(const Tensor& tensor, const Tensor& x, const char* name, const char* of = "x") {
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == x.size(0) && tensor.size(1) == x.size(1) &&
                       tensor.scalar_type() == x.scalar_type() && tensor.get_device_index() == x.get_device_index(),
-                  name, ": expected shape, dtype and device of x");
+                  name, ": expected shape, dtype and device of ", of);
 }
 
 // The checks of the public functions in Python, once more for direct operator calls: wrong types and sizes are wild
 // reads on the device.
-inline void check_operands(const Tensor& x, const Tensor& value, const Tensor& rowptr, const Tensor& col) {
-  check_matrix(x);
-  STD_TORCH_CHECK(value.scalar_type() == x.scalar_type(), "value: expected the dtype of x, got another");
+inline void check_operands(const Tensor& x, const Tensor& value, const Tensor& rowptr, const Tensor& col,
+                           const char* name = "x") {
+  check_matrix(x, name);
+  STD_TORCH_CHECK(value.scalar_type() == x.scalar_type(), "value: expected the dtype of ", name, ", got another");
   STD_TORCH_CHECK(rowptr.scalar_type() == ScalarType::Int && col.scalar_type() == ScalarType::Int,
                   "rowptr, col: expected int32, got another dtype");
   STD_TORCH_CHECK(rowptr.numel() == x.size(0) + 1, "rowptr: expected ", x.size(0) + 1, " elements, got ",
                   rowptr.numel());
   STD_TORCH_CHECK(value.numel() == col.numel(), "value: expected ", col.numel(), " elements, got ", value.numel());
   for (const Tensor* other : {&value, &rowptr, &col}) {
-    STD_TORCH_CHECK(other->get_device_index() == x.get_device_index(), "expected all tensors on the device of x");
+    STD_TORCH_CHECK(other->get_device_index() == x.get_device_index(), "expected all tensors on the device of ", name);
   }
 }
 
@@ -87,6 +88,14 @@ struct Transpose {
 
 template <class T>
 constexpr ScalarType kWideType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
+// What forward kept for backward: `count` numbers of accumulation type on the device of x.
+template <class T>
+void check_kept(const Tensor& kept, const Tensor& x, int64_t count, const char* name) {
+  STD_TORCH_CHECK(kept.scalar_type() == kWideType<T> && kept.numel() == count &&
+                      kept.get_device_index() == x.get_device_index(),
+                  name, ": expected ", count, " accumulation values on the device of the features");
+}
 
 // Calls body(std::bool_constant<first>, std::bool_constant<second>).
 template <class Body>

@@ -296,8 +296,8 @@ std::tuple<Tensor, Tensor, Tensor> gcn_propagate_backward(Tensor grad_out, Tenso
                                                           OptionalTensor t_rowptr, OptionalTensor t_col,
                                                           OptionalTensor t_edge, bool add_self_loops) {
   check_operands(x, value, rowptr, col);
-  check_like_x(grad_out, x, "grad_out");
-  check_like_x(out, x, "out");
+  check_like(grad_out, x, "grad_out");
+  check_like(out, x, "out");
   Transpose transpose{t_rowptr, t_col, t_edge};
   transpose.check(rowptr, col.numel());
   const DeviceScope device(x);
@@ -305,8 +305,7 @@ std::tuple<Tensor, Tensor, Tensor> gcn_propagate_backward(Tensor grad_out, Tenso
   rowptr = dense(rowptr), col = dense(col);
   return dispatch_storage(x, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    STD_TORCH_CHECK(scale.scalar_type() == kWideType<T> && scale.numel() == x.size(0),
-                    "scale: expected one accumulation value per node");
+    check_kept<T>(scale, x, x.size(0), "scale");
     const Tensor grad_x = empty(x, {x.size(0), x.size(1)}, x.scalar_type());
     const Tensor grad_value = empty(value, {value.numel()}, value.scalar_type());
     const Tensor grad_degree = empty(x, {x.size(0)}, kWideType<T>);
@@ -327,7 +326,7 @@ std::tuple<Tensor, Tensor, Tensor> gin_propagate_backward(Tensor grad_out, Tenso
                                                           Tensor rowptr, Tensor col, OptionalTensor t_rowptr,
                                                           OptionalTensor t_col, OptionalTensor t_edge) {
   check_operands(x, value, rowptr, col);
-  check_like_x(grad_out, x, "grad_out");
+  check_like(grad_out, x, "grad_out");
   Transpose transpose{t_rowptr, t_col, t_edge};
   transpose.check(rowptr, col.numel());
   const DeviceScope device(x);
