@@ -119,7 +119,7 @@ def _pool(row: dict[str, Any]) -> str:
         "candidates": "learned edge logits",
         "peak_memory_mib": "peak memory, MiB",
         "perturbation": "for the student: largest chance of a change, anew in every epoch",
-        "twins": "and of a node to get a twin",
+        "twins": "and of a node to get a twin in a second copy",
     }
     body = "".join(f"<tr><td>{text}</td><td>{row[name]:.4g}</td></tr>" for name, text in named.items() if name in row)
     return f"<h2>The pseudo-graphs</h2><table>{body}</table>"

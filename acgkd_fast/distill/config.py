@@ -51,8 +51,8 @@ class RunConfig:
             features change (:func:`~.perturbed.perturbed_pool`), so that it cannot learn the pool by heart; 0 teaches
             the pool as it is. None: see :meth:`pool_perturbation`. With ``student.redraw`` the graphs are drawn anew
             in its place.
-        twins: the largest probability with which, anew in every epoch, a node gets a twin, in [0, 1], in half of the
-            graphs (:func:`~.twins.twinned_pool`); 0 leaves them out. None: 0.3 in perturbed pools whose teacher has the
+        twins: the largest probability with which, anew in every epoch, a node gets a twin in a second copy of the
+            pool, in [0, 1] (:func:`~.twins.twinned_pool`); 0 leaves that copy out. None: 0.3 in perturbed pools whose teacher has the
             same node features when all nodes have twins, so that it cannot tell a density, and whose student has not; 0
             elsewhere, and where features are degrees, which a twin's are not. Not with ``student.redraw``.
         student: training of the student.

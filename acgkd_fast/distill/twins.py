@@ -18,15 +18,15 @@ _SAME = 1e-3
 
 
 def twinned_pool(pool: Pool, share: float = 0.3, *, seed: int = 0) -> Pool:
-    """The pool with twins for some of its nodes, others in every epoch.
+    """The pool, and behind it once more with twins for some of its nodes, others in every epoch.
 
     A node's twin has its features and its neighbours and is joined to it; twins of neighbours are joined too. Where
     every node has one, a GCN layer computes for both what it computed for the one (self-loops included, all degrees
     and all sums are twice what they were), while a layer that sums over neighbours sees other numbers. So a GCN teacher
     cannot tell how dense its graphs were, and its student has to learn that it does not matter. With twins for some
-    nodes that holds nearly. About half of the graphs have no twins in an epoch; each of the others draws a probability
-    of its own, uniform in [0, `share`), with which each of its nodes gets one. The teacher answers for the graphs as
-    they have become (docs/research.md, section 18).
+    nodes that holds nearly. Each graph draws a probability of its own, uniform in [0, `share`), with which each of its
+    nodes gets one. The pool as it is stays, since its density may be right; so an epoch has twice as many graphs. The
+    teacher answers for the graphs as they have become (docs/research.md, sections 18 and 20).
 
     Args:
         pool: graphs without self-loops, or a function of the epoch that gives such graphs, on one device.
@@ -34,8 +34,8 @@ def twinned_pool(pool: Pool, share: float = 0.3, *, seed: int = 0) -> Pool:
         seed: of all draws, together with the epoch.
 
     Returns:
-        A function of the epoch, which gives equal graphs for equal pool, seed and epoch; with a share of 0 `pool`
-        itself. Labels stay.
+        A function of the epoch, which gives the graphs of `pool` and then, in the same order, those with twins; equal
+        ones for equal pool, seed and epoch. With a share of 0 `pool` itself. Labels stay.
 
     Raises:
         InputError: an argument out of range, or self-loops; those of a function when an epoch is drawn.
@@ -50,9 +50,9 @@ def twinned_pool(pool: Pool, share: float = 0.3, *, seed: int = 0) -> Pool:
     def draw(epoch: int) -> GraphBatch:
         graphs = pool(epoch) if callable(pool) else pool
         stream = _stream(seed, epoch)
-        chance = share * (2.0 * torch.rand(graphs.num_graphs, generator=stream) - 1.0).clamp(min=0.0)
+        chance = share * torch.rand(graphs.num_graphs, generator=stream)
         hit = torch.rand(graphs.num_nodes, generator=stream) < chance[graphs.batch().cpu()]
-        return with_twins(graphs, hit.to(graphs.x.device))
+        return GraphBatch.concatenate([graphs, with_twins(graphs, hit.to(graphs.x.device))])
 
     return draw
 
