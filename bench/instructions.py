@@ -3,7 +3,7 @@
     python bench/instructions.py --out bench/results/instructions.json
 
 Operators are recorded with their arguments while small fixed jobs run (learning steps of both kinds of layer, a
-search, a factorised draw), then called again one by one under callgrind. Counted are instructions in our library and in
+search, a factorised draw, attention), then called again one by one under callgrind. Counted are instructions in our library and in
 the mathematical and OpenMP libraries it calls; Python's and torch's own are listed beside them. valgrind knows no
 AVX-512, so the AVX2 kernels are counted. Needs valgrind, its headers and a C compiler; takes about two minutes.
 """
@@ -96,6 +96,9 @@ def record() -> dict[str, Call]:
     rows, weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(0)), torch.ones(64, 64)
     note("frozen layer", lambda: frozen_linear(rows, weight))
     note("statistics", lambda: torch.stack(column_moments(features)).sum().backward())
+    edges = pseudo.sample(seed=0, estimator="sparse_straight_through").detach()
+    sent, scores = (torch.ones(edges.num_nodes, width).requires_grad_() for width in (64, 1))
+    note("attention", lambda: af.gat_propagate(sent, scores, scores, edges).sum().backward())
     teacher = af.as_teacher(make_teacher(shape))
     start = af.start_graphs(teacher, af.GraphPrior(), 8)
     note("search", lambda: af.refine(start, teacher, steps=20, report_every=20))
