@@ -52,9 +52,10 @@ class RunConfig:
             the pool as it is. None: see :meth:`pool_perturbation`. With ``student.redraw`` the graphs are drawn anew
             in its place.
         twins: the largest probability with which, anew in every epoch, a node gets a twin in a second copy of the
-            pool, in [0, 1] (:func:`~.twins.twinned_pool`); 0 leaves that copy out. None: 0.3 in perturbed pools whose teacher has the
-            same node features when all nodes have twins, so that it cannot tell a density, and whose student has not; 0
-            elsewhere, and where features are degrees, which a twin's are not. Not with ``student.redraw``.
+            pool, in [0, 1] (:func:`~.twins.twinned_pool`); 0 leaves that copy out. None: 0.3 in perturbed pools whose
+            teacher has the same node features when all nodes have twins, so that it cannot tell a density, and whose
+            student has not; 0 elsewhere, and where features are degrees, which a twin's are not. Not with
+            ``student.redraw``.
         student: training of the student.
     """
 
