@@ -5,7 +5,7 @@
 Operators are recorded with their arguments while small fixed jobs run (learning steps of both kinds of layer, a
 search, a factorised draw, attention), then called again one by one under callgrind. Counted are instructions in our
 library and in the mathematical and OpenMP libraries it calls; Python's and torch's own are listed beside them.
-valgrind knows no AVX-512, so the AVX2 kernels are counted. Needs valgrind, its headers and a C compiler; takes a minute.
+valgrind knows no AVX-512, so the AVX2 kernels are counted. Needs valgrind, its headers and a C compiler: one minute.
 """
 
 from __future__ import annotations
