@@ -10,7 +10,7 @@ from acgkd_fast.edges import sample_edges
 from acgkd_fast.errors import InputError
 from acgkd_fast.graphs import EdgeSample
 from acgkd_fast.layout import PairLayout
-from acgkd_fast.nn import GATConv, GCNConv, gat_conv
+from acgkd_fast.nn import GATConv, GCNConv, attention
 from acgkd_fast.propagate import gat_propagate
 
 SIZES = [5, 1, 17, 33]
@@ -25,9 +25,9 @@ def path(request, monkeypatch):
         called.append(1)
         return gat_propagate(*arguments, **options)
 
-    monkeypatch.setattr(gat_conv, "gat_propagate", fused)
+    monkeypatch.setattr(attention, "gat_propagate", fused)
     if request.param == "composed":
-        monkeypatch.setattr(gat_conv, "_is_fused", lambda *_: False)
+        monkeypatch.setattr(attention, "_is_fused", lambda *_: False)
     yield request.param
     assert bool(called) == (request.param == "fused")
 
@@ -137,7 +137,7 @@ def test_fused_and_composed_agree(monkeypatch, options, edges, weighted, dtype):
     found = []
     for fused in (True, False):
         if not fused:
-            monkeypatch.setattr(gat_conv, "_is_fused", lambda *_: False)
+            monkeypatch.setattr(attention, "_is_fused", lambda *_: False)
         out = call()
         upstream = torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape)
         found.append([out, *torch.autograd.grad(out, leaves, upstream, retain_graph=True)])

@@ -253,29 +253,6 @@ def test_message_passing(width, symmetric, dtype):
             assert_close(found[2].float(), wanted[2], 4 * max(1.0, (width * edges.num_nodes) ** 0.5))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("heads", "width"), [(1, 64), (3, 5), (2, 16)])
-def test_attention(heads, width, symmetric, dtype):
-    for index, sizes in enumerate(([1], [5, 1, 12], [70, 3])):
-        edges, _ = random_edges(sizes, symmetric=symmetric, seed=index, rounded_to=dtype)
-        value, matrix = edges.value.detach().to(dtype), matrix_of(edges)
-        # Absent edges among those that are there.
-        value = value.where(torch.arange(len(value)) % 4 > 0, 0.0) if not symmetric else value
-        shapes = (heads * width, heads, heads)
-        operands = [normal((edges.num_nodes, columns), k, dtype) for k, columns in enumerate(shapes)]
-        for loops in (True, False):
-            arguments = (*operands, value, *matrix, 0.2, loops)
-            found, wanted = OPS.gat_propagate(*arguments), oracle("gat_propagate", *arguments)
-            for one, other in zip(found, wanted, strict=True):
-                assert_close(one, other, 8)
-            backward = (normal(found[0].shape, 7, dtype), *operands, value, *found, *matrix, 0.2, loops)
-            for one, other in zip(
-                OPS.gat_propagate_backward(*backward), oracle("gat_propagate_backward", *backward), strict=True
-            ):
-                assert_close(one, other, 64)
-
-
 def summed(edges: EdgeSample, entries: torch.Tensor) -> torch.Tensor:
     """Gradients of tied entries: only the sum over both directions is defined."""
     row, col = edges.row(), edges.col.long()

@@ -12,7 +12,7 @@ from torch import nn
 from ..graphs import EdgeSample
 from ..propagate import readout
 from .adjacency import DTYPES, offsets
-from .gat_conv import attend
+from .attention import attend
 from .gcn_conv import convolve
 from .gin_conv import sum_of_rectified, sum_with_self
 from .linear import is_transformed, know_linear
