@@ -26,6 +26,10 @@ def _score(before: torch.Tensor, negative_slope: float) -> torch.Tensor:
     return torch.where(before > 0, before, negative_slope * before)
 
 
+def _slope(before: torch.Tensor, negative_slope: float) -> torch.Tensor:
+    return torch.where(before > 0, torch.ones_like(before), negative_slope)
+
+
 def _share(score: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
     return (score - highest).clamp(max=STEEPEST).exp()
 
@@ -100,7 +104,7 @@ def gat_propagate_backward(
     step = _share(_score(before, negative_slope), highest[row]) / total[row]
     slope = step * (g[row] * (x[sender] - mean[row])).sum(-1)
     grad_value = torch.nn.functional.pad(slope.sum(1), (0, value.shape[0] - row.numel()))
-    grad_score = weight[:, None] * slope * torch.where(before > 0, torch.ones_like(before), negative_slope)
+    grad_score = weight[:, None] * slope * _slope(before, negative_slope)
     grad_sent = torch.zeros_like(x).index_add_(0, sender, (weight[:, None] * step)[..., None] * g[row])
     grad_source = torch.zeros_like(highest).index_add_(0, sender, grad_score)
     grad_target = torch.zeros_like(highest).index_add_(0, row, grad_score)
@@ -108,7 +112,7 @@ def gat_propagate_backward(
         nodes = torch.arange(len(sent), device=sent.device)
         before = _before_slope(source, target, nodes, nodes)
         own = _share(_score(before, negative_slope), highest) / total
-        grad_own = own * (g * (x - mean)).sum(-1) * torch.where(before > 0, torch.ones_like(before), negative_slope)
+        grad_own = own * (g * (x - mean)).sum(-1) * _slope(before, negative_slope)
         grad_sent = grad_sent + own[..., None] * g
         grad_source, grad_target = grad_source + grad_own, grad_target + grad_own
     dtype = sent.dtype
